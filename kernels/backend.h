@@ -1,0 +1,142 @@
+// The door between the server and the hardware: one const table of operations per backend.
+//
+// Legend: T tokens in a step, S sequences, H hidden, Q query heads, K kv heads, D head size,
+// F ffn size, V vocabulary, r rank. Matrices are row-major. Device pointers are `void *`; only the
+// backend dereferences them. Activations have one type a backend chooses (`activation_bytes` each;
+// the CPU backend uses f32). All calls come from the engine thread, after open.
+//
+// Operations are queued in order; `synchronize` waits. On the CPU they run at once. Operations of a
+// step cannot fail one by one: a device fault is sticky and `health` reports it.
+#ifndef LORAD_KERNELS_BACKEND_H
+#define LORAD_KERNELS_BACKEND_H
+
+#include "base/dtype.h"
+#include "base/error.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { PAGE_TOKENS = 16, LORA_RANK_MAX = 256, LORA_TARGETS_MAX = 3 };
+
+// In this order in every adapter image.
+enum lora_module { LORA_Q, LORA_K, LORA_V, LORA_O, LORA_GATE, LORA_UP, LORA_DOWN, LORA_MODULES };
+
+struct backend; // one open device
+struct linear;  // a weight matrix [out, in] in the backend's packed form
+
+struct backend_options {
+    int threads;        // CPU: 0 = all cores
+    enum dtype dtype;   // type of weights and pool elements: DTYPE_F32 or DTYPE_BF16
+};
+
+// The pool block: layer l of page p starts at byte (l * page_count + p) * page_elems * elem_bytes.
+// A KV page holds K[K][PAGE_TOKENS][D] then V[K][PAGE_TOKENS][D], so
+// page_elems = 2 * K * PAGE_TOKENS * D. Elements have the backend's dtype.
+struct pool_shape {
+    int layers, page_count, kv_heads, head_size;
+    size_t page_elems;
+    size_t elem_bytes;
+};
+
+// Tokens [token_first, token_first + token_count) of one sequence in this step. `context` counts
+// the sequence's tokens in the cache including these; pages[i / PAGE_TOKENS] holds position i.
+struct attention_span {
+    int32_t token_first, token_count, context;
+    const int32_t *pages;
+};
+
+// One adapter over consecutive tokens of the step. A layer image's element e lies at
+// page pages[e / page_elems], offset e % page_elems, in every layer. A is [r, in], B is [out, r]
+// with the scaling folded in. rank[m] == 0: the adapter has no module m.
+struct lora_segment {
+    int32_t token_first, token_count;
+    int32_t v_first; // first row of this segment in the scratch v
+    float weight;
+    const int32_t *pages;
+    int32_t rank[LORA_MODULES];
+    int64_t a_offset[LORA_MODULES], b_offset[LORA_MODULES];
+};
+
+// y[t, 0..out) += weight * B (A x[t, 0..in)) for up to three modules that read the same x.
+struct lora_launch {
+    int layer;
+    const void *x; // [T, in] activations
+    int in;
+    int target_count;
+    struct {
+        enum lora_module module;
+        void *y;         // first element of the module's columns, activations
+        int out, stride; // columns written; elements from one token's row to the next
+    } target[LORA_TARGETS_MAX];
+    const struct lora_segment *segments;
+    int segment_count;
+    float *v; // scratch [sum of token_count, LORA_TARGETS_MAX, LORA_RANK_MAX]
+};
+
+struct backend_ops {
+    const char *name;
+    size_t activation_bytes;
+
+    MUST_CHECK enum status (*open)(const struct backend_options *options, struct backend **out,
+                                   struct error *err);
+    void (*close)(struct backend *b);
+    // false once the device has failed for good.
+    bool (*health)(struct backend *b);
+
+    // Memory taken before serving starts; zeroed. NULL when there is none.
+    void *(*memory_create)(struct backend *b, size_t bytes);
+    void (*memory_destroy)(struct backend *b, void *memory);
+    void (*upload)(struct backend *b, void *to, const void *from, size_t bytes);
+    void (*download)(struct backend *b, void *to, const void *from, size_t bytes);
+    void (*synchronize)(struct backend *b);
+
+    // Sets the pool that later calls use; `pool` is from memory_create.
+    void (*pool_attach)(struct backend *b, void *pool, const struct pool_shape *shape);
+    // Copies one layer's image (`elems` pool elements, contiguous on the host) into its pages.
+    void (*pool_write)(struct backend *b, int layer, const int32_t *pages, const void *image,
+                       size_t elems);
+
+    // Packs `out` x `in` weights of type `dtype` (host memory, borrowed for the call).
+    MUST_CHECK enum status (*linear_create)(struct backend *b, const void *weights,
+                                            enum dtype dtype, int out, int in,
+                                            struct linear **result, struct error *err);
+    void (*linear_destroy)(struct backend *b, struct linear *linear);
+
+    // y[t] = table[ids[t]]; table [V, H] of `dtype` in device memory, ids on the host.
+    void (*embed)(struct backend *b, void *y, const void *table, enum dtype dtype,
+                  const int32_t *ids, int tokens, int hidden);
+    // x += residual when residual is not NULL; y = x / rms(x) * gain. gain [H] f32, device memory.
+    void (*rms_norm)(struct backend *b, void *y, void *x, const void *residual, const float *gain,
+                     float epsilon, int tokens, int hidden);
+    // y[T, out] = x[T, in] W^T. y is activations.
+    void (*linear)(struct backend *b, const struct linear *weights, void *y, const void *x,
+                   int tokens);
+    void (*lora_shrink)(struct backend *b, const struct lora_launch *launch); // v = A x
+    void (*lora_expand)(struct backend *b, const struct lora_launch *launch); // y += weight B v
+    // qkv [T, (Q + 2K) D]: rotates q and k in place (halves convention: element i pairs with
+    // i + D/2), then writes k and v of token t to pool slot slots[t] = page * PAGE_TOKENS + offset.
+    // cosines, sines: [positions, D/2] f32 device memory; positions, slots on the host.
+    void (*rope_and_kv_write)(struct backend *b, int layer, void *qkv, const float *cosines,
+                              const float *sines, const int32_t *positions, const int32_t *slots,
+                              int tokens, int query_heads);
+    // y[T, Q * D] = causal attention of q over the paged K and V; scores scaled by 1 / sqrt(D).
+    void (*attention)(struct backend *b, int layer, void *y, const void *qkv,
+                      const struct attention_span *spans, int span_count, int query_heads);
+    // y[T, F] = silu(gate_up[t, 0..F)) * gate_up[t, F..2F)
+    void (*silu_mul)(struct backend *b, void *y, const void *gate_up, int tokens, int ffn);
+    // y[i] = x[rows[i]] (rows on the host): the tokens whose logits are wanted.
+    void (*gather_rows)(struct backend *b, void *y, const void *x, const int32_t *rows, int count,
+                        int hidden);
+};
+
+extern const struct backend_ops backend_cpu;
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,78 @@
+// The serving engine: one thread that turns queued requests into events, one step at a time.
+//
+// Threads: engine_submit, engine_cancel and engine_poll are called by the API thread;
+// everything else in the engine happens on its own thread. Two bounded queues join them:
+// submissions down, events up; `wake` is called (engine thread) when events wait.
+// Every accepted request gets exactly one event with a finish_reason other than FINISH_NONE.
+#ifndef LORAD_SERVER_ENGINE_H
+#define LORAD_SERVER_ENGINE_H
+
+#include "server/metrics.h"
+#include "server/model/model.h"
+#include "server/registry.h"
+#include "server/request.h"
+#include "server/text/tokenizer.h"
+
+struct engine;
+
+struct engine_options {
+    int sequences_max;      // running at once
+    int step_tokens_max;    // tokens in a step
+    int queue_max;          // waiting requests; more is STATUS_FULL
+    int context_max;
+    size_t pool_bytes;
+    int preempt_every;      // tests: force a preemption every n steps; 0 = never
+    void (*wake)(void *context);
+    void *wake_context;
+};
+
+struct token_logprob {
+    int32_t id;
+    float logprob;
+};
+
+struct engine_event {
+    struct request *request;
+    enum finish_reason finish;  // FINISH_NONE: one more token
+    enum status error;          // not STATUS_OK: failed (finish is FINISH_ABORT)
+    char error_text[160];
+    int32_t token;              // -1: none (text or finish only)
+    bool prompt_token;          // an echoed prompt token's logprob
+    char *text;                 // malloc'd new text, complete UTF-8, may be NULL; receiver frees
+    size_t text_bytes;
+    float logprob;              // of token, when asked for
+    int top_count;
+    struct token_logprob top[LOGPROBS_MAX];
+    int prompt_tokens, completion_tokens; // so far
+};
+
+// Takes nothing over but borrows all until destroy. `tokenizer` may be NULL (token ids only).
+MUST_CHECK enum status engine_create(const struct backend_ops *ops, struct backend *backend,
+                                     struct model *model, const struct model_config *config,
+                                     enum dtype dtype, const struct tokenizer *tokenizer,
+                                     struct metrics *metrics, const struct engine_options *options,
+                                     struct engine **out, struct error *err);
+MUST_CHECK enum status engine_start(struct engine *engine, struct error *err); // the thread
+// Stops taking requests, lets running ones finish until deadline_s from now, then aborts the rest.
+void engine_drain(struct engine *engine, double deadline_s); // returns at once
+bool engine_drained(const struct engine *engine);
+void engine_destroy(struct engine *engine); // joins the thread
+
+const struct lora_geometry *engine_lora_geometry(const struct engine *engine);
+
+// All or none of `count`; on STATUS_OK the engine has them until their terminal event has been
+// polled, then they are the caller's again. STATUS_FULL, STATUS_SHUTDOWN, STATUS_TOO_LARGE
+// (prompt + max_tokens can never fit the pool; err says so).
+MUST_CHECK enum status engine_submit(struct engine *engine, struct request **requests, int count,
+                                     struct error *err);
+void engine_cancel(struct engine *engine, struct request *request); // a terminal event follows
+// Up to `max` events; returns how many. The receiver owns event texts.
+int engine_poll(struct engine *engine, struct engine_event *events, int max);
+// Seconds a new request would wait, for Retry-After (at least 1).
+int engine_retry_after_s(const struct engine *engine);
+bool engine_healthy(const struct engine *engine);
+
+// One step with no thread, for tests and benchmarks; true when there was work.
+bool engine_step(struct engine *engine);
+
+#endif

@@ -1,0 +1,37 @@
+// Counters, gauges and histograms that any thread may bump; api/ prints them.
+#ifndef LORAD_SERVER_METRICS_H
+#define LORAD_SERVER_METRICS_H
+
+#include "pager/pool.h"
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+enum { HISTOGRAM_BUCKETS = 20, METRICS_ADAPTERS_MAX = 64, METRICS_NAME_MAX = 129 };
+
+struct histogram {
+    _Atomic uint64_t bucket[HISTOGRAM_BUCKETS + 1]; // cumulative only when printed; last = +Inf
+    _Atomic uint64_t count, sum_us;
+};
+
+struct metrics {
+    _Atomic int running, waiting;
+    _Atomic int pages[PAGE_OWNERS], pages_total;
+    _Atomic int adapters_resident;
+    _Atomic uint64_t prompt_tokens, generation_tokens;
+    _Atomic uint64_t started, finished_stop, finished_length, aborted, failed;
+    _Atomic uint64_t preemptions, steps, step_us, adapter_loads, adapter_evictions;
+    _Atomic uint64_t adapter_bytes_moved;
+    _Atomic int step_tokens, step_adapters, step_adapters_max; // of the last step; and the most ever
+    struct histogram ttft, itl, e2e, queue_time;
+    // Names in the last step, comma-joined, behind a sequence lock of the engine's.
+    _Atomic uint32_t names_version;
+    char running_adapters[1024], waiting_adapters[1024];
+};
+
+extern const double histogram_bounds_s[HISTOGRAM_BUCKETS];
+void histogram_add(struct histogram *histogram, double seconds);
+// A consistent copy of the two name lists; buffers of 1024 bytes.
+void metrics_names(struct metrics *metrics, char *running, char *waiting);
+
+#endif

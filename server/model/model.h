@@ -1,0 +1,46 @@
+// The base model: weights in the backend's form, and one forward step over a ragged batch.
+#ifndef LORAD_SERVER_MODEL_MODEL_H
+#define LORAD_SERVER_MODEL_MODEL_H
+
+#include "kernels/backend.h"
+#include "pager/adapter.h"
+#include "server/model/config.h"
+
+struct model;
+
+struct model_options {
+    const char *folder;
+    bool dummy;        // seeded random weights instead of files
+    uint64_t seed;     // of the dummy weights
+    int tokens_max;    // T in a step at most
+    int sequences_max; // rows of logits in a step at most
+    int segments_max;
+    int context_max;
+};
+
+// Reads config.json is the caller's; loads every weight (progress goes to the log), allocates all
+// activations. A missing, surplus or misshapen tensor is an error that names it.
+MUST_CHECK enum status model_create(const struct backend_ops *ops, struct backend *backend,
+                                    const struct model_config *config, enum dtype dtype,
+                                    const struct model_options *options, struct model **out,
+                                    struct error *err);
+void model_destroy(struct model *model);
+
+// The geometry an adapter must fit (pool_pages is the caller's to fill).
+struct lora_geometry model_lora_geometry(const struct model_config *config, enum dtype dtype);
+
+// One step. Arrays are host memory, borrowed for the call. Adapter segments may overlap (mixing).
+struct model_step {
+    int token_count;
+    const int32_t *ids, *positions, *slots; // [T]
+    const struct attention_span *spans;
+    int span_count;
+    const struct lora_segment *segments; // v_first is filled in by the caller
+    int segment_count;
+    const int32_t *logit_rows; // [logit_count] tokens whose logits are wanted
+    int logit_count;
+};
+// logits: [logit_count, V] f32 on the host, valid until the next call.
+const float *model_forward(struct model *model, const struct model_step *step);
+
+#endif

@@ -1,0 +1,50 @@
+// tokenizer.json (the Hugging Face tokenizers format): byte-level BPE and SentencePiece-style BPE
+// with byte fallback, with normalizers, pre-tokenizers, added tokens, post-processor templates and
+// decoders. Immutable after load; usable from any thread at once.
+#ifndef LORAD_SERVER_TEXT_TOKENIZER_H
+#define LORAD_SERVER_TEXT_TOKENIZER_H
+
+#include "base/error.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct tokenizer;
+
+// Loads FOLDER/tokenizer.json (and tokenizer_config.json for nothing but defaults).
+// vocabulary_max: ids must be below it (the model's logits width).
+MUST_CHECK enum status tokenizer_load(const char *folder, int vocabulary_max,
+                                      struct tokenizer **out, struct error *err);
+void tokenizer_destroy(struct tokenizer *tokenizer);
+
+struct token_list {
+    int32_t *ids; // malloc'd; the caller frees
+    size_t count;
+};
+// Encodes UTF-8. add_special: apply the post-processor's template (BOS and the like).
+// parse_special: text such as "</s>" becomes the special token; false treats it as plain text.
+MUST_CHECK enum status tokenizer_encode(const struct tokenizer *tokenizer, const char *text,
+                                        size_t bytes, bool add_special, bool parse_special,
+                                        struct token_list *out, struct error *err);
+// The whole text of ids; malloc'd, NUL-terminated.
+char *tokenizer_decode(const struct tokenizer *tokenizer, const int32_t *ids, size_t count,
+                       bool skip_special, size_t *bytes);
+int tokenizer_vocabulary(const struct tokenizer *tokenizer); // largest id + 1
+// The id of an exact token text, or -1.
+int32_t tokenizer_find(const struct tokenizer *tokenizer, const char *token);
+// The text of one token as shown in logprobs (raw bytes replaced where they are not UTF-8).
+// malloc'd.
+char *tokenizer_token_text(const struct tokenizer *tokenizer, int32_t id, size_t *bytes);
+
+// Streaming: text that is complete UTF-8 so far. A character split across tokens is held back.
+struct detokenizer;
+struct detokenizer *detokenizer_create(const struct tokenizer *tokenizer, bool skip_special);
+void detokenizer_destroy(struct detokenizer *detokenizer);
+// Appends one token; *text is the new text (borrowed until the next call), maybe empty.
+void detokenizer_push(struct detokenizer *detokenizer, int32_t id, const char **text,
+                      size_t *bytes);
+// What is still held back, with U+FFFD for incomplete bytes.
+void detokenizer_finish(struct detokenizer *detokenizer, const char **text, size_t *bytes);
+
+#endif
