@@ -11,6 +11,7 @@
 #include "server/model/model.h"
 #include "server/registry.h"
 #include "server/request.h"
+#include "server/sampler.h"
 #include "server/text/tokenizer.h"
 
 struct engine;
@@ -24,11 +25,6 @@ struct engine_options {
     int preempt_every;      // tests: force a preemption every n steps; 0 = never
     void (*wake)(void *context);
     void *wake_context;
-};
-
-struct token_logprob {
-    int32_t id;
-    float logprob;
 };
 
 struct engine_event {

@@ -31,7 +31,9 @@ struct metrics {
 
 extern const double histogram_bounds_s[HISTOGRAM_BUCKETS];
 void histogram_add(struct histogram *histogram, double seconds);
-// A consistent copy of the two name lists; buffers of 1024 bytes.
+// Engine thread only: replaces the two name lists, cut to 1023 bytes each.
+void metrics_set_names(struct metrics *metrics, const char *running, const char *waiting);
+// A consistent copy of the two name lists; buffers of 1024 bytes. Any thread.
 void metrics_names(struct metrics *metrics, char *running, char *waiting);
 
 #endif
