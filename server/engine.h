@@ -3,7 +3,8 @@
 // Threads: engine_submit, engine_cancel and engine_poll are called by the API thread;
 // everything else in the engine happens on its own thread. Two bounded queues join them:
 // submissions down, events up; `wake` is called (engine thread) when events wait.
-// Every accepted request gets exactly one event with a finish_reason other than FINISH_NONE.
+// Every accepted request gets exactly one event with a finish_reason other than FINISH_NONE; it is
+// the request's last, and may carry its last token and text.
 #ifndef LORAD_SERVER_ENGINE_H
 #define LORAD_SERVER_ENGINE_H
 
@@ -19,7 +20,7 @@ struct engine;
 struct engine_options {
     int sequences_max;      // running at once
     int step_tokens_max;    // tokens in a step
-    int queue_max;          // waiting requests; more is STATUS_FULL
+    int queue_max;          // waiting requests (preempted ones too); more is STATUS_FULL
     int context_max;
     size_t pool_bytes;
     int preempt_every;      // tests: force a preemption every n steps; 0 = never
@@ -33,7 +34,9 @@ struct engine_event {
     enum status error;          // not STATUS_OK: failed (finish is FINISH_ABORT)
     char error_text[160];
     int32_t token;              // -1: none (text or finish only)
-    bool prompt_token;          // an echoed prompt token's logprob
+    // An echoed prompt token with its logprob. They come in order, before what is generated, and
+    // start with the prompt's second: nothing stands before the first.
+    bool prompt_token;
     char *text;                 // malloc'd new text, complete UTF-8, may be NULL; receiver frees
     size_t text_bytes;
     float logprob;              // of token, when asked for
@@ -42,23 +45,28 @@ struct engine_event {
     int prompt_tokens, completion_tokens; // so far
 };
 
-// Takes nothing over but borrows all until destroy. `tokenizer` may be NULL (token ids only).
+// Takes nothing over but borrows all until destroy. `tokenizer` may be NULL (token ids only). The
+// model must have been created for at least step_tokens_max tokens, sequences_max rows and
+// sequences_max * REQUEST_ADAPTERS_MAX segments. Nothing else may use the backend meanwhile.
 MUST_CHECK enum status engine_create(const struct backend_ops *ops, struct backend *backend,
                                      struct model *model, const struct model_config *config,
                                      enum dtype dtype, const struct tokenizer *tokenizer,
                                      struct metrics *metrics, const struct engine_options *options,
                                      struct engine **out, struct error *err);
 MUST_CHECK enum status engine_start(struct engine *engine, struct error *err); // the thread
-// Stops taking requests, lets running ones finish until deadline_s from now, then aborts the rest.
-void engine_drain(struct engine *engine, double deadline_s); // returns at once
-bool engine_drained(const struct engine *engine);
-void engine_destroy(struct engine *engine); // joins the thread
+// Stops taking requests, lets accepted ones finish until deadline_s from now, then aborts the
+// rest. Returns at once; a second call brings the deadline forward.
+void engine_drain(struct engine *engine, double deadline_s);
+bool engine_drained(const struct engine *engine); // drain was called and every event was polled
+// Joins the thread. Requests still inside get no event any more; all are the caller's again.
+void engine_destroy(struct engine *engine);
 
 const struct lora_geometry *engine_lora_geometry(const struct engine *engine);
 
 // All or none of `count`; on STATUS_OK the engine has them until their terminal event has been
-// polled, then they are the caller's again. STATUS_FULL, STATUS_SHUTDOWN, STATUS_TOO_LARGE
-// (prompt + max_tokens can never fit the pool; err says so).
+// polled, then they are the caller's again. STATUS_FULL, STATUS_SHUTDOWN, STATUS_DEVICE,
+// STATUS_INVALID (a token outside the vocabulary), STATUS_TOO_LARGE (prompt + max_tokens can never
+// fit the context, or with their adapters the pool; err says so).
 MUST_CHECK enum status engine_submit(struct engine *engine, struct request **requests, int count,
                                      struct error *err);
 void engine_cancel(struct engine *engine, struct request *request); // a terminal event follows
@@ -68,7 +76,8 @@ int engine_poll(struct engine *engine, struct engine_event *events, int max);
 int engine_retry_after_s(const struct engine *engine);
 bool engine_healthy(const struct engine *engine);
 
-// One step with no thread, for tests and benchmarks; true when there was work.
+// One step with no thread, for tests and benchmarks; true when there was work. It does nothing
+// while the event queue lacks room for a step: poll between steps.
 bool engine_step(struct engine *engine);
 
 #endif

@@ -50,6 +50,7 @@ static void append(struct queue *queue, const void *item) {
 }
 
 bool queue_push(struct queue *queue, const void *items, int count) {
+    VERIFY_OP(count, >=, 0);
     pthread_mutex_lock(&queue->lock);
     bool fits = !queue->closed && count <= queue->capacity - queue->count;
     for (int i = 0; fits && i < count; i++)
@@ -59,15 +60,19 @@ bool queue_push(struct queue *queue, const void *items, int count) {
     return fits;
 }
 
-bool queue_push_wait(struct queue *queue, const void *item) {
+int queue_room(struct queue *queue) {
     pthread_mutex_lock(&queue->lock);
-    while (!queue->closed && queue->count == queue->capacity)
+    int room = queue->closed ? 0 : queue->capacity - queue->count;
+    pthread_mutex_unlock(&queue->lock);
+    return room;
+}
+
+bool queue_wait_room(struct queue *queue, int count) {
+    VERIFY_OP(count, <=, queue->capacity);
+    pthread_mutex_lock(&queue->lock);
+    while (!queue->closed && queue->capacity - queue->count < count)
         pthread_cond_wait(&queue->emptied, &queue->lock);
     bool open = !queue->closed;
-    if (open) {
-        append(queue, item);
-        pthread_cond_signal(&queue->filled);
-    }
     pthread_mutex_unlock(&queue->lock);
     return open;
 }
@@ -87,13 +92,14 @@ int queue_pop(struct queue *queue, void *items, int max) {
 }
 
 void queue_wait(struct queue *queue, double timeout_s) {
+    VERIFY(timeout_s >= 0 && timeout_s < 1e6);
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
     long long ns = until.tv_nsec + (long long)(timeout_s * 1e9);
     until.tv_sec += ns / 1000000000;
     until.tv_nsec = ns % 1000000000;
     pthread_mutex_lock(&queue->lock);
-    while (!queue->count && !queue->notified && !queue->closed)
+    while (!queue->count && !queue->notified)
         if (pthread_cond_timedwait(&queue->filled, &queue->lock, &until)) break;
     queue->notified = false;
     pthread_mutex_unlock(&queue->lock);
@@ -109,6 +115,7 @@ void queue_notify(struct queue *queue) {
 void queue_close(struct queue *queue) {
     pthread_mutex_lock(&queue->lock);
     queue->closed = true;
+    queue->notified = true;
     pthread_cond_broadcast(&queue->filled);
     pthread_cond_broadcast(&queue->emptied);
     pthread_mutex_unlock(&queue->lock);

@@ -1,6 +1,7 @@
 // The sampler of sampler.h. Greedy without processors is one pass over the raw row; anything else
 // works on a copy in the scratch. Truncation (top_k, top_p) pops a max-heap, so its cost follows
-// the tokens kept, not the vocabulary's size times its logarithm.
+// the tokens kept, not the vocabulary's size times its logarithm. The passes over a whole row are
+// written in lanes, which compilers turn into vector code without being told to reorder sums.
 #include "server/sampler.h"
 
 #include "base/memory.h"
@@ -12,6 +13,7 @@
 
 // Below this, dividing by the temperature is no longer a distribution; vLLM's bound.
 static const float GREEDY_BELOW = 1e-5f;
+enum { LANES = 16 };
 
 struct candidate {
     float logit;
@@ -20,29 +22,30 @@ struct candidate {
 
 struct sampler_scratch {
     int vocabulary;
-    float *logits;           // [V]
-    uint32_t *counts;        // [V], zero between calls
-    struct candidate *heap;  // [V]
-    struct candidate *kept;  // [V]
+    float *logits;          // [V]
+    float *weights;         // [V] e^((logit - peak) / temperature), 0 for what cannot be drawn
+    uint32_t *counts;       // [V], zero between calls
+    struct candidate *heap; // [V]; the part that has been popped holds what was kept
 };
 
 struct sampler_scratch *sampler_scratch_create(int vocabulary) {
+    VERIFY_OP(vocabulary, >, 0);
     struct sampler_scratch *scratch = mem_zalloc(1, sizeof *scratch);
     size_t n = (size_t)vocabulary;
     scratch->vocabulary = vocabulary;
     scratch->logits = mem_zalloc(n, sizeof *scratch->logits);
+    scratch->weights = mem_zalloc(n, sizeof *scratch->weights);
     scratch->counts = mem_zalloc(n, sizeof *scratch->counts);
     scratch->heap = mem_zalloc(n, sizeof *scratch->heap);
-    scratch->kept = mem_zalloc(n, sizeof *scratch->kept);
     return scratch;
 }
 
 void sampler_scratch_destroy(struct sampler_scratch *scratch) {
     if (!scratch) return;
     free(scratch->logits);
+    free(scratch->weights);
     free(scratch->counts);
     free(scratch->heap);
-    free(scratch->kept);
     free(scratch);
 }
 
@@ -70,42 +73,96 @@ double sampler_uniform(uint64_t seed, uint32_t stream, uint64_t position) {
     return (double)bits * 0x1p-53;
 }
 
-static int32_t argmax(const float *logits, int vocabulary) {
-    int32_t best = 0;
-    float value = -INFINITY;
-    for (int i = 0; i < vocabulary; i++)
-        if (logits[i] > value) { // false for NaN
-            value = logits[i];
-            best = i;
-        }
-    return best;
+// The largest logit; NaN counts as -inf.
+static float row_peak(const float *logits, int count) {
+    float lane[LANES], peak = -INFINITY;
+    for (int j = 0; j < LANES; j++) lane[j] = -INFINITY;
+    int i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int j = 0; j < LANES; j++)
+            lane[j] = logits[i + j] > lane[j] ? logits[i + j] : lane[j]; // false for NaN
+    for (int j = 0; j < LANES; j++) peak = lane[j] > peak ? lane[j] : peak;
+    for (; i < count; i++) peak = logits[i] > peak ? logits[i] : peak;
+    return peak;
+}
+
+static int32_t argmax(const float *logits, int count) {
+    float peak = row_peak(logits, count);
+    for (int32_t i = 0; peak > -INFINITY && i < count; i++)
+        if (logits[i] == peak) return i;
+    return 0;
+}
+
+// e^x for x <= 0 to about 2 units in the last place; 0 below -87 and for NaN. Cephes' polynomial.
+static inline float exp_negative(float x) {
+    float clamped = x > -87.0f ? x : -87.0f;
+    float rounded = clamped * 1.44269504f + 12582912.0f; // adding 1.5 * 2^23 rounds to an integer
+    float n = rounded - 12582912.0f;
+    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) * (1 << 23);
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return x > -87.0f ? p * power : 0.0f;
+}
+
+static double row_sum(const float *values, int count) {
+    double lane[LANES] = {0}, sum = 0;
+    int i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int j = 0; j < LANES; j++) lane[j] += (double)values[i + j];
+    for (int j = 0; j < LANES; j++) sum += lane[j];
+    for (; i < count; i++) sum += (double)values[i];
+    return sum;
+}
+
+static double row_exp_sum(const float *logits, int count, float peak) {
+    float weights[256];
+    double sum = 0;
+    for (int i = 0; i < count; i += 256) {
+        int part = count - i < 256 ? count - i : 256;
+        for (int j = 0; j < part; j++) weights[j] = exp_negative(logits[i + j] - peak);
+        sum += row_sum(weights, part);
+    }
+    return sum;
+}
+
+// With no finite peak, the likeliest tokens have 0 and all others -inf.
+static float logprob_of(float logit, float peak, double log_sum) {
+    double value = (double)logit - (double)peak - log_sum;
+    if (isfinite(value)) return (float)value;
+    return logit == peak && peak > -INFINITY ? 0.0f : -INFINITY;
 }
 
 void sampler_logprobs(const float *logits, int vocabulary, int32_t token, int top,
                       struct sampler_result *result) {
+    VERIFY_OP(top, >=, 0);
     VERIFY_OP(top, <=, LOGPROBS_MAX);
+    VERIFY_OP(token, >=, 0);
     VERIFY_OP(token, <, vocabulary);
-    float peak = -INFINITY;
     result->top_count = 0;
-    for (int i = 0; i < vocabulary; i++) {
+    for (int i = 0; top > 0 && i < vocabulary; i++) {
         float value = logits[i];
-        if (value > peak) peak = value;
         int count = result->top_count;
-        if (top == 0 || isnan(value) || (count == top && value <= result->top[count - 1].logprob))
-            continue;
+        if (count == top && !(value > result->top[count - 1].logprob)) continue;
+        if (isnan(value)) continue;
         int at = count < top ? count : top - 1;
         for (; at > 0 && result->top[at - 1].logprob < value; at--)
             result->top[at] = result->top[at - 1];
         result->top[at] = (struct token_logprob){.id = i, .logprob = value};
         if (count < top) result->top_count++;
     }
-    double sum = 0;
-    for (int i = 0; i < vocabulary; i++)
-        if (!isnan(logits[i])) sum += exp((double)logits[i] - peak);
-    double normal = peak + log(sum);
-    result->logprob = (float)(logits[token] - normal);
+    float peak = row_peak(logits, vocabulary);
+    double log_sum = log(row_exp_sum(logits, vocabulary, peak));
+    result->logprob = logprob_of(logits[token], peak, log_sum);
     for (int i = 0; i < result->top_count; i++)
-        result->top[i].logprob = (float)(result->top[i].logprob - normal);
+        result->top[i].logprob = logprob_of(result->top[i].logprob, peak, log_sum);
 }
 
 static bool has_penalties(const struct sampling *sampling) {
@@ -153,73 +210,68 @@ static void sift_down(struct candidate *heap, int count, int at) {
     heap[at] = item;
 }
 
-// Pops from `count` candidates the top_k largest, then of those the fewest whose mass reaches
-// top_p; kept[i].logit becomes a weight. Returns how many, *total their mass.
+// Keeps the top_k largest candidates, and of those the fewest whose mass reaches top_p of theirs.
+// They are popped to the heap's far end, largest last. Returns the index of the smallest one kept.
 static int truncate_candidates(const struct sampling *sampling, struct sampler_scratch *scratch,
-                               int count, float peak, double *total) {
-    struct candidate *heap = scratch->heap, *kept = scratch->kept;
-    int limit = sampling->top_k > 0 && sampling->top_k < count ? sampling->top_k : count;
-    double inverse = 1.0 / (double)sampling->temperature, mass = 0;
+                               int count) {
+    struct candidate *heap = scratch->heap;
+    const float *weights = scratch->weights;
+    bool cuts_k = sampling->top_k > 0 && sampling->top_k < count;
+    int limit = cuts_k ? sampling->top_k : count, first = count;
     for (int i = count / 2 - 1; i >= 0; i--) sift_down(heap, count, i);
-    // Without top_k the whole mass is a sum over all; with it, over what top_k keeps.
-    if (limit == count)
-        for (int i = 0; i < count; i++) mass += exp(((double)heap[i].logit - peak) * inverse);
-    int taken = 0;
-    double cumulative = 0;
-    for (; taken < limit; taken++) {
-        if (limit == count && cumulative >= mass * (double)sampling->top_p) break;
-        kept[taken] = heap[0];
-        heap[0] = heap[--count];
-        if (count) sift_down(heap, count, 0);
-        double weight = exp(((double)kept[taken].logit - peak) * inverse);
-        kept[taken].logit = (float)weight;
-        cumulative += weight;
+    // What top_p is a share of: all candidates, or those that top_k keeps, known once popped.
+    bool sums = !cuts_k && sampling->top_p < 1;
+    double mass = sums ? row_sum(weights, scratch->vocabulary) : INFINITY;
+    double share = (double)sampling->top_p, reached = 0;
+    for (int taken = 0; taken < limit && (taken == 0 || reached < mass * share); taken++) {
+        struct candidate largest = heap[0];
+        heap[0] = heap[--first];
+        if (first) sift_down(heap, first, 0);
+        heap[first] = largest;
+        reached += (double)weights[largest.id];
     }
-    if (sampling->top_p < 1 && mass == 0) { // top_k came first: cut its mass
-        double target = cumulative * (double)sampling->top_p;
-        int all = taken;
-        cumulative = 0;
-        for (taken = 0; taken < all && cumulative < target; taken++)
-            cumulative += kept[taken].logit;
-    }
-    VERIFY_OP(taken, >, 0);
-    *total = cumulative;
-    return taken;
+    if (!cuts_k || share >= 1) return first;
+    double target = reached * share;
+    int smallest = count;
+    for (reached = 0; smallest > first && (smallest == count || reached < target);)
+        reached += (double)weights[heap[--smallest].id];
+    return smallest;
 }
 
 static int32_t draw(const struct sampler_input *input, struct sampler_scratch *scratch) {
     const struct sampling *sampling = input->sampling;
     const float *logits = scratch->logits;
-    float peak = logits[argmax(logits, input->vocabulary)];
-    if (!isfinite(peak)) return argmax(logits, input->vocabulary);
-    double inverse = 1.0 / (double)sampling->temperature;
-    double cutoff = sampling->min_p > 0 ? log((double)sampling->min_p) : -INFINITY;
-    double uniform = sampler_uniform(input->seed, input->stream, input->position);
+    float *weights = scratch->weights;
+    int vocabulary = input->vocabulary;
+    float peak = row_peak(logits, vocabulary);
+    if (!isfinite(peak)) return argmax(logits, vocabulary);
+    float inverse = 1.0f / sampling->temperature;
+    for (int i = 0; i < vocabulary; i++) {
+        float weight = exp_negative((logits[i] - peak) * inverse);
+        weights[i] = weight >= sampling->min_p ? weight : 0.0f; // the peak's weight is 1
+    }
+    double uniform = sampler_uniform(input->seed, input->stream, input->position), reached = 0;
+    int32_t last = argmax(logits, vocabulary);
+    if (sampling->top_k <= 0 && sampling->top_p >= 1) {
+        double target = uniform * row_sum(weights, vocabulary);
+        for (int32_t i = 0; i < vocabulary; i++) {
+            if (!(weights[i] > 0)) continue;
+            last = i;
+            reached += (double)weights[i];
+            if (reached > target) break;
+        }
+        return last;
+    }
     int count = 0;
-    for (int i = 0; i < input->vocabulary; i++) {
-        double scaled = ((double)logits[i] - peak) * inverse;
-        if (isnan(logits[i]) || isinf(logits[i]) || scaled < cutoff) continue;
-        scratch->heap[count++] = (struct candidate){.logit = logits[i], .id = i};
-    }
+    for (int32_t i = 0; i < vocabulary; i++)
+        if (weights[i] > 0) scratch->heap[count++] = (struct candidate){logits[i], i};
+    int first = truncate_candidates(sampling, scratch, count);
     double total = 0;
-    struct candidate *kept = scratch->heap;
-    bool truncates = (sampling->top_k > 0 && sampling->top_k < count) || sampling->top_p < 1;
-    if (truncates) {
-        count = truncate_candidates(sampling, scratch, count, peak, &total);
-        kept = scratch->kept;
-        total = 0;
-    } else {
-        for (int i = 0; i < count; i++)
-            kept[i].logit = (float)exp(((double)kept[i].logit - peak) * inverse);
-    }
-    for (int i = 0; i < count; i++) total += kept[i].logit;
-    double target = uniform * total, cumulative = 0;
-    int32_t last = kept[0].id;
-    for (int i = 0; i < count; i++) {
-        if (kept[i].logit <= 0) continue;
-        last = kept[i].id;
-        cumulative += kept[i].logit;
-        if (cumulative > target) break;
+    for (int i = first; i < count; i++) total += (double)weights[scratch->heap[i].id];
+    for (int i = count - 1; i >= first; i--) {
+        last = scratch->heap[i].id;
+        reached += (double)weights[last];
+        if (reached > uniform * total) break;
     }
     return last;
 }

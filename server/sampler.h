@@ -47,6 +47,7 @@ void sampler_sample(const struct sampler_input *input, struct sampler_scratch *s
                     struct sampler_result *result);
 
 // Log-probability of `token` and the `top` likeliest tokens, best first (ties: lowest id first).
+// Never NaN; -INFINITY for a token that cannot be drawn.
 void sampler_logprobs(const float *logits, int vocabulary, int32_t token, int top,
                       struct sampler_result *result);
 

@@ -20,6 +20,7 @@ struct planner {
     const struct sched_limits *limits;
     struct sched_scratch *scratch;
     int running, adapter_pages;
+    long long used_pages; // of the planned and the running, without growth: a bound on their peak
     int tokens, rows, admitted;
     int rows_kept; // one for each running sequence that has not been planned yet
 };
@@ -153,6 +154,11 @@ static bool try_admit(struct planner *planner, struct sched_item *item) {
             scratch->adapters[scratch->adapter_count++] = item->adapters[i];
             pages += item->adapters[i]->page_count;
         }
+    long long used_pages = planner->used_pages + sched_pages(item->tokens_total);
+    if (used_pages + pages > limits->page_count) { // spares most of a full pool's candidates
+        scratch->adapter_count = saved;
+        return false;
+    }
     int at = load_insert(scratch, item);
     bool fits = (long long)sched_peak_pages(scratch->loads, scratch->load_count) + pages <=
                 limits->page_count;
@@ -166,6 +172,7 @@ static bool try_admit(struct planner *planner, struct sched_item *item) {
         return false;
     }
     planner->adapter_pages = pages;
+    planner->used_pages = used_pages;
     planner->running++;
     planner->admitted++;
     item->admit = true;
@@ -207,6 +214,7 @@ struct sched_plan sched_plan(struct sched_item *const *running, int running_coun
         running[i]->admit = false;
         VERIFY_OP(tokens_to_do(running[i]), >, 0);
         load_insert(scratch, running[i]);
+        planner.used_pages += sched_pages(running[i]->tokens_total);
     }
     int window = min_int(waiting_count, limits->window);
     for (int i = 0; i < waiting_count; i++) {

@@ -21,7 +21,7 @@
 struct sched_item {
     int tokens_total;  // prompt and generated so far
     int tokens_cached; // of those, in the KV cache
-    int tokens_left;   // still to be generated, at most
+    int tokens_left;   // by how many tokens the cache may still grow beyond tokens_total
     bool rows_all;     // wants logits of every token, not of the last one alone
     int priority;      // smaller first
     uint64_t arrival;  // unique

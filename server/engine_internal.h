@@ -1,0 +1,100 @@
+// What the engine's files share. Nobody else includes this.
+//
+//   engine.c         creation, the thread, and the calls of the API thread
+//   engine_step.c    one step: who runs, with which pages and adapters
+//   engine_batch.c   the planned sequences as one struct model_step
+//   engine_output.c  rows of logits -> tokens -> events; the end of a request
+#ifndef LORAD_SERVER_ENGINE_INTERNAL_H
+#define LORAD_SERVER_ENGINE_INTERNAL_H
+
+#include "server/engine.h"
+#include "server/queue.h"
+#include "server/scheduler.h"
+#include "server/sequence.h"
+
+#include <pthread.h>
+
+// Host arrays of one step, allocated once for the largest.
+struct engine_batch {
+    int32_t *ids, *positions, *slots; // [step_tokens_max]
+    struct attention_span *spans;     // [sequences_max]
+    struct lora_segment *segments;    // [sequences_max * REQUEST_ADAPTERS_MAX]
+    int32_t *logit_rows;              // [sequences_max]
+    struct model_step step;
+    int adapters; // distinct ones
+};
+
+struct engine {
+    // Borrowed.
+    const struct backend_ops *ops;
+    struct backend *backend;
+    struct model *model;
+    const struct tokenizer *tokenizer;
+    struct metrics *metrics;
+    struct model_config config;
+    struct engine_options options;
+    struct lora_geometry geometry;
+
+    // Between the threads.
+    struct queue *submissions; // struct sequence *
+    struct queue *events;      // struct engine_event
+    pthread_t thread;
+    bool has_thread;
+    _Atomic bool stopping, draining, failed; // failed: the device is gone for good
+    _Atomic bool cancels;      // some request was cancelled since the last look
+    _Atomic double drain_until_s;
+    _Atomic int waiting;       // requests that do not run, queued ones too
+    _Atomic int unfinished;    // accepted and not ended
+    _Atomic int undelivered;   // accepted, and the terminal event not polled
+    _Atomic uint64_t arrivals;
+    _Atomic double finish_interval_s; // between two requests' ends under load; 0 = unknown
+
+    // Engine thread only, from here on.
+    void *pool_memory;
+    struct pool *pool;
+    struct residency *residency;
+    // Invariant 4 of the server: who fills each page, so that no token is ever computed with
+    // another sequence's KV or another adapter generation's weights. See page_tag_*.
+    uint64_t *page_tags; // [page_count]
+    struct sched_scratch *sched_scratch;
+    struct sampler_scratch *sampler_scratch;
+    struct sched_item **running;  // [sequences_max] by adapter, so that each is one segment
+    struct sched_item **waiting_list; // [waiting_max] by sched_before
+    struct sequence **arrived;    // [queue_max] scratch for the submission queue
+    int running_count, waiting_count, waiting_max;
+    struct engine_batch batch;
+    struct engine_event *step_events; // [step_events_max] of the step being made
+    int step_event_count, step_events_max;
+    double waiting_deadline_s; // earliest of those that wait; INFINITY = none
+    double finish_s;           // the last request's end; 0 after an idle moment
+    uint64_t step;
+    bool names_changed;
+    struct residency_counts residency_seen; // what metrics have been told
+};
+
+double engine_now_s(void); // monotonic
+
+static inline uint64_t page_tag_kv(const struct sequence *sequence) {
+    return sequence->item.arrival << 1;
+}
+static inline uint64_t page_tag_adapter(uint64_t generation) {
+    return generation << 1 | 1;
+}
+
+// engine_step.c: takes `sequence` out of the running or waiting list, its pages and adapters back.
+void engine_release(struct engine *engine, struct sequence *sequence, double now_s);
+void engine_assert(const struct engine *engine); // every invariant, walking every page
+
+// engine_batch.c: what `running` has planned, as engine->batch.step.
+void engine_batch_build(struct engine *engine);
+
+// engine_output.c
+// Advances every planned sequence by the step just computed; their rows of logits become events.
+void engine_take_rows(struct engine *engine, const float *logits, double now_s);
+// Ends a request without a token: FINISH_ABORT with a status, or FINISH_LENGTH with STATUS_OK.
+void engine_end_early(struct engine *engine, struct sequence *sequence, enum finish_reason finish,
+                      enum status status, double now_s);
+void engine_flush_events(struct engine *engine);
+void engine_update_metrics(struct engine *engine, double step_s);
+
+#endif

@@ -1,0 +1,328 @@
+// One step of the engine: newcomers in, the ended out, a plan, adapters and pages for it, the model,
+// tokens and events. Engine thread only (or the caller of engine_step, when there is no thread).
+//
+// Pages run short only when the scheduler's prediction was too low. Then idle adapters leave first,
+// then the newest running sequence is preempted: its pages and adapters are given up, its tokens
+// kept, and it waits again in its old place. The oldest is never preempted for a newer one, so
+// somebody always advances; alone, everyone fits (engine_submit refuses who would not).
+//
+// It decides nothing about order or admission (scheduler.c), computes nothing (model/), and holds
+// no lock while it works.
+#include "server/engine_internal.h"
+
+#include "base/log.h"
+#include "base/verify.h"
+
+#include <math.h>
+#include <string.h>
+
+enum {
+    SCHED_WINDOW = 64,    // waiting requests that one plan looks at
+    SCHED_PASSES_MAX = 32, // how often one may be overtaken
+    FULL_ASSERT_EVERY = 256,
+};
+
+// ------------------------------------------------------------------ the two lists
+
+// Sequences with the same adapters stand together: by their adapters one after the other, then by
+// arrival. Base-only ones come first.
+static bool batched_before(const struct sched_item *a, const struct sched_item *b) {
+    const struct request *x = sequence_of((struct sched_item *)a)->request;
+    const struct request *y = sequence_of((struct sched_item *)b)->request;
+    for (int i = 0; i < x->adapter_count && i < y->adapter_count; i++) {
+        uint64_t left = x->adapters[i]->generation, right = y->adapters[i]->generation;
+        if (left != right) return left < right;
+        if (x->adapter_weights[i] != y->adapter_weights[i])
+            return x->adapter_weights[i] < y->adapter_weights[i];
+    }
+    if (x->adapter_count != y->adapter_count) return x->adapter_count < y->adapter_count;
+    return a->arrival < b->arrival;
+}
+
+static void list_insert(struct sched_item **list, int *count, int max, struct sched_item *item,
+                        bool (*before)(const struct sched_item *, const struct sched_item *)) {
+    VERIFY_OP(*count, <, max);
+    int low = 0, high = *count;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (before(item, list[middle])) high = middle;
+        else low = middle + 1;
+    }
+    memmove(&list[low + 1], &list[low], (size_t)(*count - low) * sizeof *list);
+    list[low] = item;
+    (*count)++;
+}
+
+static void list_remove(struct sched_item **list, int *count, const struct sched_item *item) {
+    int at = 0;
+    while (at < *count && list[at] != item) at++;
+    VERIFY_OP(at, <, *count);
+    (*count)--;
+    memmove(&list[at], &list[at + 1], (size_t)(*count - at) * sizeof *list);
+}
+
+static void wait_insert(struct engine *engine, struct sequence *sequence) {
+    list_insert(engine->waiting_list, &engine->waiting_count, engine->waiting_max, &sequence->item,
+                sched_before);
+    double deadline_s = sequence->request->deadline_s;
+    if (deadline_s > 0 && deadline_s < engine->waiting_deadline_s)
+        engine->waiting_deadline_s = deadline_s;
+    engine->names_changed = true;
+}
+
+// ------------------------------------------------------------------ leaving
+
+static void release_adapters(struct engine *engine, struct sequence *sequence, int count,
+                             double now_s) {
+    for (int i = 0; i < count; i++)
+        residency_release(engine->residency, sequence->item.adapters[i], now_s);
+}
+
+void engine_release(struct engine *engine, struct sequence *sequence, double now_s) {
+    sequence_assert_state(sequence);
+    engine->names_changed = true;
+    if (sequence->state == SEQUENCE_WAITING) {
+        list_remove(engine->waiting_list, &engine->waiting_count, &sequence->item);
+        atomic_fetch_sub(&engine->waiting, 1);
+        return;
+    }
+    list_remove(engine->running, &engine->running_count, &sequence->item);
+    pool_give(engine->pool, PAGE_KV, sequence->pages, sequence->page_count);
+    sequence->page_count = 0;
+    release_adapters(engine, sequence, sequence->item.adapter_count, now_s);
+}
+
+static void preempt(struct engine *engine, struct sequence *sequence, double now_s) {
+    engine_release(engine, sequence, now_s);
+    sequence_preempt(sequence);
+    wait_insert(engine, sequence);
+    atomic_fetch_add(&engine->waiting, 1);
+    atomic_fetch_add(&engine->metrics->preemptions, 1);
+}
+
+// Why a request must end now, or STATUS_OK.
+static enum status must_end(const struct engine *engine, const struct request *request,
+                            double now_s) {
+    if (atomic_load(&engine->failed)) return STATUS_DEVICE;
+    if (atomic_load(&request->cancelled)) return STATUS_CANCELLED;
+    if (request->deadline_s > 0 && now_s >= request->deadline_s) return STATUS_DEADLINE;
+    if (atomic_load(&engine->draining) && now_s >= atomic_load(&engine->drain_until_s))
+        return STATUS_SHUTDOWN;
+    return STATUS_OK;
+}
+
+static void end_where_due(struct engine *engine, struct sched_item **list, const int *count,
+                          double now_s) {
+    for (int i = 0; i < *count;) {
+        struct sequence *sequence = sequence_of(list[i]);
+        enum status status = must_end(engine, sequence->request, now_s);
+        if (status == STATUS_OK) i++;
+        else engine_end_early(engine, sequence, FINISH_ABORT, status, now_s); // shortens the list
+    }
+}
+
+// Running ones are looked at in every step; the many that wait only when something happened.
+static void end_all_due(struct engine *engine, bool cancels, double now_s) {
+    end_where_due(engine, engine->running, &engine->running_count, now_s);
+    if (!cancels && now_s < engine->waiting_deadline_s && !atomic_load(&engine->failed) &&
+        !atomic_load(&engine->draining))
+        return;
+    end_where_due(engine, engine->waiting_list, &engine->waiting_count, now_s);
+    engine->waiting_deadline_s = INFINITY;
+    for (int i = 0; i < engine->waiting_count; i++) {
+        double deadline_s = sequence_of(engine->waiting_list[i])->request->deadline_s;
+        if (deadline_s > 0 && deadline_s < engine->waiting_deadline_s)
+            engine->waiting_deadline_s = deadline_s;
+    }
+}
+
+// ------------------------------------------------------------------ the step's parts
+
+static void take_submissions(struct engine *engine) {
+    int count = queue_pop(engine->submissions, engine->arrived, engine->options.queue_max);
+    for (int i = 0; i < count; i++) wait_insert(engine, engine->arrived[i]);
+}
+
+// The last in waiting order; with `forced`, only one that has advanced since its last preemption.
+static struct sequence *newest_running(const struct engine *engine, bool forced) {
+    struct sched_item *newest = NULL;
+    for (int i = 0; i < engine->running_count; i++) {
+        if (forced && sequence_of(engine->running[i])->spared) continue;
+        if (!newest || sched_before(newest, engine->running[i])) newest = engine->running[i];
+    }
+    return newest ? sequence_of(newest) : NULL;
+}
+
+static void preempt_for_test(struct engine *engine, double now_s) {
+    int every = engine->options.preempt_every;
+    if (every <= 0 || engine->step % (uint64_t)every != 0) return;
+    struct sequence *sequence = newest_running(engine, true);
+    if (sequence) preempt(engine, sequence, now_s);
+}
+
+static struct sched_plan plan(struct engine *engine) {
+    struct sched_limits limits = {.step_tokens_max = engine->options.step_tokens_max,
+                                  .sequences_max = engine->options.sequences_max,
+                                  .rows_max = engine->options.sequences_max,
+                                  .page_count = engine->geometry.pool_pages,
+                                  .adapter_pages = pool_counts(engine->pool).of[PAGE_ADAPTER],
+                                  .passes_max = SCHED_PASSES_MAX,
+                                  .window = SCHED_WINDOW};
+    return sched_plan(engine->running, engine->running_count, engine->waiting_list,
+                      engine->waiting_count, &limits, engine->sched_scratch);
+}
+
+static void tag_pages(struct engine *engine, const int32_t *pages, int count, uint64_t tag) {
+    for (int i = 0; i < count; i++) engine->page_tags[pages[i]] = tag;
+}
+
+// All of a sequence's adapters, or none and false.
+static bool acquire_adapters(struct engine *engine, struct sequence *sequence, double now_s) {
+    for (int i = 0; i < sequence->item.adapter_count; i++) {
+        struct adapter *adapter = sequence->item.adapters[i];
+        bool resident = atomic_load(&adapter->resident);
+        if (residency_acquire(engine->residency, adapter, now_s) != STATUS_OK) {
+            release_adapters(engine, sequence, i, now_s);
+            return false;
+        }
+        if (!resident)
+            tag_pages(engine, adapter->pages, adapter->page_count,
+                      page_tag_adapter(adapter->generation));
+    }
+    return true;
+}
+
+static void first_start(struct engine *engine, struct sequence *sequence, double now_s) {
+    struct request *request = sequence->request;
+    histogram_add(&engine->metrics->queue_time, now_s - sequence->submitted_s);
+    atomic_fetch_add(&engine->metrics->prompt_tokens, (uint64_t)request->prompt_count);
+    for (int i = 0; i < request->adapter_count; i++)
+        atomic_fetch_add(&request->adapters[i]->requests, 1);
+}
+
+// Those whose adapters find no pages after all go on waiting; nobody else waits for them.
+static void admit(struct engine *engine, int admitted, double now_s) {
+    for (int i = 0; admitted > 0; ) {
+        VERIFY_OP(i, <, engine->waiting_count);
+        struct sequence *sequence = sequence_of(engine->waiting_list[i]);
+        admitted -= sequence->item.admit;
+        if (!sequence->item.admit || !acquire_adapters(engine, sequence, now_s)) {
+            sequence->item.planned = 0;
+            i++;
+            continue;
+        }
+        list_remove(engine->waiting_list, &engine->waiting_count, &sequence->item);
+        list_insert(engine->running, &engine->running_count, engine->options.sequences_max,
+                    &sequence->item, batched_before);
+        atomic_fetch_sub(&engine->waiting, 1);
+        if (!sequence->started) first_start(engine, sequence, now_s);
+        sequence_start(sequence);
+        engine->names_changed = true;
+    }
+}
+
+// The pages that `sequence` needs for what it has planned; false when there are too few.
+static bool take_pages(struct engine *engine, struct sequence *sequence) {
+    int wanted = sched_pages(sequence->item.tokens_cached + sequence->item.planned);
+    int missing = wanted - sequence->page_count;
+    if (missing <= 0) return true;
+    VERIFY_OP(wanted, <=, sequence->pages_max);
+    int32_t *pages = &sequence->pages[sequence->page_count];
+    int short_by = missing - pool_counts(engine->pool).of[PAGE_FREE];
+    if (short_by > 0 && residency_evict(engine->residency, short_by) < short_by) return false;
+    if (pool_take(engine->pool, PAGE_KV, missing, pages) != STATUS_OK) return false;
+    tag_pages(engine, pages, missing, page_tag_kv(sequence));
+    sequence->page_count = wanted;
+    return true;
+}
+
+static void find_pages(struct engine *engine, double now_s) {
+    for (int i = 0; i < engine->running_count;) {
+        struct sequence *sequence = sequence_of(engine->running[i]);
+        if (sequence->item.planned == 0 || take_pages(engine, sequence)) {
+            i++;
+            continue;
+        }
+        VERIFY_OP(engine->running_count, >, 1); // alone, everyone fits
+        struct sequence *victim = newest_running(engine, false);
+        // The list closes up behind the victim: what followed `i` may now stand at i - 1.
+        if (victim != sequence && batched_before(&victim->item, &sequence->item)) i--;
+        preempt(engine, victim, now_s);
+    }
+}
+
+static void compute(struct engine *engine) {
+    engine_batch_build(engine);
+    const struct engine_batch *batch = &engine->batch;
+    VERIFY_OP(batch->step.token_count, >, 0); // who waits alone is admitted; who runs has work
+    double before = engine_now_s();
+    const float *logits = model_forward(engine->model, &batch->step);
+    double after = engine_now_s();
+    if (!engine->ops->health(engine->backend)) {
+        log_event(LOG_ERROR, "device_failed", "step=%llu", (unsigned long long)engine->step);
+        atomic_store(&engine->failed, true);
+        end_all_due(engine, true, after);
+        return;
+    }
+    engine_take_rows(engine, logits, after);
+    engine_update_metrics(engine, after - before);
+}
+
+// Counts in every step; every page now and then, and always under test.
+static void assert_pages(const struct engine *engine) {
+    struct pool_counts counts = pool_counts(engine->pool);
+    int held = 0;
+    for (int i = 0; i < engine->running_count; i++)
+        held += sequence_of(engine->running[i])->page_count;
+    VERIFY_OP(held, ==, counts.of[PAGE_KV]);
+    VERIFY_OP(counts.of[PAGE_FREE] + counts.of[PAGE_KV] + counts.of[PAGE_ADAPTER] +
+              counts.of[PAGE_CACHED], ==, counts.total);
+    if (engine->options.preempt_every > 0 || engine->step % FULL_ASSERT_EVERY == 0)
+        engine_assert(engine);
+}
+
+void engine_assert(const struct engine *engine) {
+    pool_assert(engine->pool);
+    for (int i = 0; i < engine->running_count; i++) {
+        const struct sequence *sequence = sequence_of(engine->running[i]);
+        VERIFY_OP(sequence->state, ==, SEQUENCE_RUNNING);
+        sequence_assert_state(sequence);
+        for (int page = 0; page < sequence->page_count; page++)
+            VERIFY_OP(engine->page_tags[sequence->pages[page]], ==, page_tag_kv(sequence));
+    }
+    for (int i = 0; i < engine->waiting_count; i++) {
+        const struct sequence *sequence = sequence_of(engine->waiting_list[i]);
+        VERIFY_OP(sequence->state, ==, SEQUENCE_WAITING);
+        sequence_assert_state(sequence);
+        VERIFY(i == 0 || sched_before(engine->waiting_list[i - 1], engine->waiting_list[i]));
+    }
+}
+
+// ------------------------------------------------------------------ the step
+
+bool engine_step(struct engine *engine) {
+    if (queue_room(engine->events) < engine->step_events_max)
+        return atomic_load(&engine->unfinished) > 0;
+    double now_s = engine_now_s();
+    bool cancels = atomic_exchange(&engine->cancels, false);
+    take_submissions(engine);
+    end_all_due(engine, cancels, now_s);
+    residency_sweep(engine->residency);
+
+    bool works = engine->running_count + engine->waiting_count > 0;
+    if (works) {
+        engine->step++;
+        preempt_for_test(engine, now_s);
+        struct sched_plan planned = plan(engine);
+        admit(engine, planned.admitted, now_s);
+        find_pages(engine, now_s);
+        compute(engine);
+        assert_pages(engine);
+    } else {
+        engine->finish_s = 0;
+        engine_update_metrics(engine, 0);
+    }
+    bool ended = engine->step_event_count > 0;
+    engine_flush_events(engine);
+    return works || ended;
+}
