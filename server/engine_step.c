@@ -286,6 +286,7 @@ void engine_assert(const struct engine *engine) {
     for (int i = 0; i < engine->running_count; i++) {
         const struct sequence *sequence = sequence_of(engine->running[i]);
         VERIFY_OP(sequence->state, ==, SEQUENCE_RUNNING);
+        VERIFY_OP(sequence->item.tokens_cached, <, sequence->item.tokens_total);
         sequence_assert_state(sequence);
         for (int page = 0; page < sequence->page_count; page++)
             VERIFY_OP(engine->page_tags[sequence->pages[page]], ==, page_tag_kv(sequence));

@@ -98,7 +98,7 @@ void sequence_assert_state(const struct sequence *sequence) {
         VERIFY_OP(item->tokens_cached, ==, 0);
         return;
     case SEQUENCE_RUNNING:
-        VERIFY_OP(item->tokens_cached, <, item->tokens_total);
+        VERIFY_OP(item->tokens_cached, <=, item->tokens_total);
         VERIFY_OP(sequence->page_count, >=, sched_pages(item->tokens_cached));
         for (int i = 0; i < item->adapter_count; i++) {
             VERIFY_OP(item->adapters[i]->running, >, 0);

@@ -11,8 +11,8 @@
 //   RUNNING: holds its adapters (residency_acquire) and pages for its cached tokens at least.
 //   ENDED:   holds nothing of the pool; its terminal event is about to be pushed.
 //
-// Invariant: tokens_cached < tokens_total while WAITING or RUNNING: the last token is always yet
-// to be computed.
+// Invariant: between steps tokens_cached < tokens_total while WAITING or RUNNING: the last token is
+// always yet to be computed.
 #ifndef LORAD_SERVER_SEQUENCE_H
 #define LORAD_SERVER_SEQUENCE_H
 
