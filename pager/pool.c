@@ -56,6 +56,7 @@ enum status pool_take(struct pool *pool, enum page_owner owner, int count, int32
 
 void pool_give(struct pool *pool, enum page_owner owner, const int32_t *pages, int count) {
     VERIFY(owner > PAGE_FREE && owner < PAGE_OWNERS);
+    VERIFY_OP(count, >=, 0);
     VERIFY_OP(count, <=, pool->counts.of[owner]);
     for (int i = 0; i < count; i++) {
         int32_t page = pages[i];
@@ -73,6 +74,7 @@ void pool_change_owner(struct pool *pool, enum page_owner from, enum page_owner 
                        const int32_t *pages, int count) {
     VERIFY(from > PAGE_FREE && from < PAGE_OWNERS);
     VERIFY(to > PAGE_FREE && to < PAGE_OWNERS);
+    VERIFY_OP(count, >=, 0);
     for (int i = 0; i < count; i++) {
         VERIFY(pages[i] >= 0 && pages[i] < pool->counts.total);
         VERIFY_OP(pool->owner[pages[i]], ==, from);

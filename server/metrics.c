@@ -18,6 +18,7 @@ const double histogram_bounds_s[HISTOGRAM_BUCKETS] = {
 
 void histogram_add(struct histogram *histogram, double seconds) {
     if (!(seconds > 0)) seconds = 0;
+    if (seconds > 1e9) seconds = 1e9; // microseconds of it still fit in 64 bits
     int bucket = 0;
     while (bucket < HISTOGRAM_BUCKETS && seconds > histogram_bounds_s[bucket]) bucket++;
     atomic_fetch_add_explicit(&histogram->bucket[bucket], 1, memory_order_relaxed);
