@@ -12,7 +12,8 @@
 
 struct tokenizer;
 
-// Loads FOLDER/tokenizer.json (and tokenizer_config.json for nothing but defaults).
+// Loads FOLDER/tokenizer.json. STATUS_NOT_FOUND; STATUS_INVALID: the file contradicts itself or
+// the format; STATUS_UNSUPPORTED: it names a component that lorad does not carry out.
 // vocabulary_max: ids must be below it (the model's logits width).
 MUST_CHECK enum status tokenizer_load(const char *folder, int vocabulary_max,
                                       struct tokenizer **out, struct error *err);
@@ -22,7 +23,8 @@ struct token_list {
     int32_t *ids; // malloc'd; the caller frees
     size_t count;
 };
-// Encodes UTF-8. add_special: apply the post-processor's template (BOS and the like).
+// Encodes UTF-8; STATUS_INVALID when it is not, or when a regular expression gives up on it.
+// add_special: apply the post-processor's template (BOS and the like).
 // parse_special: text such as "</s>" becomes the special token; false treats it as plain text.
 MUST_CHECK enum status tokenizer_encode(const struct tokenizer *tokenizer, const char *text,
                                         size_t bytes, bool add_special, bool parse_special,
@@ -37,7 +39,10 @@ int32_t tokenizer_find(const struct tokenizer *tokenizer, const char *token);
 // malloc'd.
 char *tokenizer_token_text(const struct tokenizer *tokenizer, int32_t id, size_t *bytes);
 
-// Streaming: text that is complete UTF-8 so far. A character split across tokens is held back.
+// Streaming: text that is complete UTF-8 and final. A character split across tokens is held back;
+// so is a run of byte tokens ("<0xE4>") until another token ends it. The pieces of a stream add up
+// to tokenizer_decode of its ids, in particular the first token loses its leading space where the
+// decoder takes it away: to continue a prompt, push the prompt's ids first and drop their text.
 struct detokenizer;
 struct detokenizer *detokenizer_create(const struct tokenizer *tokenizer, bool skip_special);
 void detokenizer_destroy(struct detokenizer *detokenizer);
