@@ -1,0 +1,58 @@
+# The commands of lorad; CMake and Ninja do the work.
+#   make serve [PORT=8000] [MODEL=DIR]   build, then serve the demo model and its adapters
+#   make test                            build, then run every test
+#   make build | bench | format | lint | clean | setup
+BUILD ?= build
+PORT ?= 8000
+MODEL ?= demo/model
+ADAPTERS ?= demo/adapters
+CMAKE_FLAGS ?=
+VENV := $(BUILD)/venv
+C_FILES = git ls-files '*.c' '*.h' '*.cu' '*.cuh'
+
+.PHONY: all setup build serve test bench format lint clean
+all: build
+
+setup:
+	@tools/setup.sh
+
+$(BUILD)/build.ninja: | setup
+	cmake -G Ninja -S . -B $(BUILD) $(CMAKE_FLAGS) \
+	    $$(command -v ccache >/dev/null && echo -DCMAKE_C_COMPILER_LAUNCHER=ccache)
+
+build: setup $(BUILD)/build.ninja
+	ninja -C $(BUILD)
+
+serve: setup $(BUILD)/build.ninja
+	ninja -C $(BUILD) lorad
+	@echo 'Once "listening on" is printed, ask from another terminal:'
+	@echo "  curl http://127.0.0.1:$(PORT)/v1/models"
+	@echo "  curl http://127.0.0.1:$(PORT)/v1/completions -H 'Content-Type: application/json' \\"
+	@echo "    -d '{\"model\":\"NAME FROM /v1/models\",\"prompt\":\"Hello\",\"max_tokens\":16}'"
+	exec $(BUILD)/lorad serve --model $(MODEL) --adapter-dir $(ADAPTERS) --port $(PORT)
+
+# The Python clients that the end-to-end tests use; made once for each tests/requirements.txt.
+$(VENV)/ready: tests/requirements.txt | setup
+	rm -rf $(VENV)
+	mkdir -p $(BUILD)
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	touch $@
+
+test: build $(VENV)/ready
+	ctest --test-dir $(BUILD) --output-on-failure $(CTEST_FLAGS)
+
+bench: setup $(BUILD)/build.ninja
+	ninja -C $(BUILD) lorad lorad-bench
+	@echo "built $(BUILD)/lorad-bench; bench/README.md says how figures are made"
+
+format:
+	$(C_FILES) | xargs clang-format -i
+
+lint: $(BUILD)/build.ninja
+	tools/check_includes.sh .
+	$(C_FILES) | grep -E '^(api|base|kernels|pager|server)/.*\.c$$' | \
+	    xargs -n 8 -P "$$(nproc)" clang-tidy --quiet -p $(BUILD)
+
+clean:
+	rm -rf $(BUILD)
