@@ -6,8 +6,8 @@
 // dtype. Identity is the SHA-256 of the image and its ranks. Immutable after adapter_load but for
 // `residency`, which the engine thread alone writes.
 //
-// States of residency: HOST -> adapter_make_resident -> DEVICE (PAGE_ADAPTER in use, PAGE_CACHED
-// when no running request uses it) -> adapter_evict -> HOST.
+// States of residency: HOST -> residency_acquire -> DEVICE (PAGE_ADAPTER in use, PAGE_CACHED when no
+// running request uses it) -> residency_evict -> HOST. residency.c draws the whole of it.
 #ifndef LORAD_PAGER_ADAPTER_H
 #define LORAD_PAGER_ADAPTER_H
 

@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define CONFIG "adapter_config.json"
 enum { CONFIG_BYTES_MAX = 1 << 20, MODULE_PATH_MAX = 64 };
@@ -279,8 +280,11 @@ enum status adapter_config_load(const char *folder, const struct lora_geometry *
     size_t bytes = 0;
     enum status status = file_read_all(path, CONFIG_BYTES_MAX, &text, &bytes, err);
     free(path);
+    if (status == STATUS_NOT_FOUND && access(folder, F_OK) != 0)
+        return error_set(err, status, "there is no such adapter folder");
     if (status == STATUS_NOT_FOUND)
-        return error_set(err, status, CONFIG ": there is no such file in the adapter's folder");
+        return error_set(err, STATUS_INVALID, CONFIG ": there is no such file in the adapter's "
+                         "folder");
     if (status == STATUS_TOO_LARGE)
         return error_set(err, STATUS_INVALID, CONFIG ": larger than %d bytes", CONFIG_BYTES_MAX);
     if (status != STATUS_OK) return status;

@@ -1,7 +1,8 @@
 // From a PEFT folder, or a "dummy:" description, to one adapter generation with its host image.
 // Called by loader threads; each call owns its files and memory. Everything about the tensors'
 // names and shapes is checked before the image is allocated, everything about their values before
-// the adapter is handed out. Pickled weights (adapter_model.bin) are never opened.
+// the adapter is handed out. Pickled weights (adapter_model.bin) are never opened. Clients read the
+// errors: they name files and tensors, never the folder on the host (base/file.h sees to that).
 #include "pager/adapter_internal.h"
 
 #include "base/file.h"
@@ -10,6 +11,7 @@
 #include "base/sha256.h"
 #include "base/verify.h"
 
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -126,8 +128,9 @@ static enum status dummy_parse(const struct lora_geometry *geometry, const char 
                 continue;
             }
         } else if (digits && strcmp(item, "seed") == 0) {
+            errno = 0;
             dummy->seed = strtoull(value, &end, 10);
-            if (*end == 0) continue;
+            if (*end == 0 && errno == 0) continue;
         } else if (value && strcmp(item, "modules") == 0) {
             dummy->attention_only = strcmp(value, "qkvo") == 0;
             if (dummy->attention_only || strcmp(value, "all") == 0) continue;
@@ -227,8 +230,8 @@ static enum status parse_tensor_name(const struct lora_geometry *geometry, const
                        : strstr(name, "lora_embedding") ? " (LoRA on embeddings is not supported)"
                        : strstr(name, ".bias")          ? " (biases are not supported)"
                                                         : "";
-    return error_set(err, STATUS_INVALID, WEIGHTS ": unexpected tensor %.120s%s; expected names like"
-                     " base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", name, hint);
+    return error_set(err, STATUS_INVALID, WEIGHTS ": unexpected tensor %.120s%s; expected names "
+                     "like base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", name, hint);
 }
 
 static enum status check_shape(const struct tensor_info *info, int rows, int columns,
@@ -262,8 +265,8 @@ static enum status collect_pairs(const struct lora_geometry *geometry,
                              "adapter_config.json does not target its module", info->name);
         const struct tensor_info **slot = matrix == 'A' ? &pairs[index].a : &pairs[index].b;
         if (*slot)
-            return error_set(err, STATUS_INVALID, WEIGHTS ": tensors %.100s and %.100s are the same"
-                             " matrix", (*slot)->name, info->name);
+            return error_set(err, STATUS_INVALID, WEIGHTS ": tensors %.100s and %.100s are one and the "
+                             "same matrix", (*slot)->name, info->name);
         *slot = info;
     }
     return STATUS_OK;
@@ -350,7 +353,8 @@ static enum status open_weights(const char *folder, struct safetensors **file, s
         error_set(err, status = STATUS_UNSUPPORTED, "adapter_model.bin is a pickle, which can run "
                   "code when opened, and was not opened; convert it to " WEIGHTS);
     else if (status == STATUS_NOT_FOUND)
-        error_set(err, status, WEIGHTS ": there is no such file in the adapter's folder");
+        error_set(err, status = STATUS_INVALID, WEIGHTS ": there is no such file in the adapter's "
+                  "folder");
     free(pickle);
     free(path);
     return status;
@@ -374,17 +378,6 @@ static enum status folder_load(const struct lora_geometry *geometry, struct adap
     return status;
 }
 
-// Clients read these errors: they may see file names, not where the host keeps them.
-static void hide_folder(struct error *err, const char *folder) {
-    size_t length = strlen(folder);
-    if (!err || length == 0) return;
-    for (char *at; (at = strstr(err->text, folder));) {
-        char *rest = at + length;
-        while (*rest == '/') rest++;
-        memmove(at, rest, strlen(rest) + 1);
-    }
-}
-
 enum status adapter_load(const struct lora_geometry *geometry, const char *name, const char *path,
                          struct adapter **out, struct error *err) {
     *out = NULL;
@@ -394,7 +387,6 @@ enum status adapter_load(const struct lora_geometry *geometry, const char *name,
     enum status status = dummy ? dummy_load(geometry, adapter, text, err)
                                : folder_load(geometry, adapter, path, err);
     if (status != STATUS_OK) {
-        if (!dummy) hide_folder(err, path);
         adapter_unref(adapter);
         return status;
     }

@@ -2,7 +2,7 @@
 // is never held while a file is read or an image freed. Any thread.
 //
 // A name's entry: absent -> registry_begin -> LOADING -> registry_commit -> there (or absent again)
-//                 there  -> registry_begin(replace) -> there and LOADING -> registry_commit -> there
+//                 there  -> registry_begin(replace) -> there, LOADING -> registry_commit -> there
 //                 there  -> registry_remove -> absent
 // While LOADING, the generation that was there keeps serving.
 #include "server/registry.h"
