@@ -379,7 +379,8 @@ static void test_bad_files(void **state) {
 static void test_truncated_file(void **state) {
     static const char good[] =
         "{\"added_tokens\":[{\"id\":2,\"content\":\"<s>\",\"special\":true}],"
-        "\"normalizer\":{\"type\":\"NFC\"},\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"aa\":1},\"merges\":[\"a a\"]}}";
+        "\"normalizer\":{\"type\":\"NFC\"},"
+        "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"aa\":1},\"merges\":[\"a a\"]}}";
     struct tokenizer *tokenizer;
     struct error err = {0};
     assert_int_equal(load_text(good, &tokenizer, &err), STATUS_OK);
@@ -417,9 +418,16 @@ static void test_invalid_utf8(void **state) {
         const char *text;
         size_t bytes;
     } table[] = {
-        {"\xff", 1},         {"a\x80", 2},           {"\xc0\xaf", 2},         {"\xe0\x80\x80", 3},
-        {"\xed\xa0\x80", 3}, {"\xf4\x90\x80\x80", 4}, {"\xe4\xbd", 2},         {"ok\xf0\x9f\x98", 5},
-        {"\xf8\x88\x80\x80\x80", 5}, {"12345678\xc3", 9},
+        {"\xff", 1},
+        {"a\x80", 2},
+        {"\xc0\xaf", 2},
+        {"\xe0\x80\x80", 3},
+        {"\xed\xa0\x80", 3},
+        {"\xf4\x90\x80\x80", 4},
+        {"\xe4\xbd", 2},
+        {"ok\xf0\x9f\x98", 5},
+        {"\xf8\x88\x80\x80\x80", 5},
+        {"12345678\xc3", 9},
     };
     struct tokenizer *tokenizer = load("llama3");
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
