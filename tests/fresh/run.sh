@@ -5,7 +5,7 @@
 #
 #   tests/fresh/run.sh                 the committed HEAD of this repository
 #   FULL=1 tests/fresh/run.sh          then also `make test` in the same root
-#   BUILD_ONLY=1 tests/fresh/run.sh    `make build` alone; starts no server
+#   BUILD_ONLY=1 tests/fresh/run.sh    `make build` (with FULL `make test`); starts no server
 #   KEEP=1                             leaves the root behind and prints where
 # PORT, PROMPT and WAIT_S (for each of the long steps) may be set. The mirror is the one that the
 # host's own apt sources name. Packages and everything else are installed by `make` itself.
@@ -114,10 +114,17 @@ ask_two_adapters() {
 [ "$(id -u)" -eq 0 ] || { echo "tests/fresh/run.sh makes a Debian root and so needs root" >&2; exit 1; }
 step "a bare Debian 12 root"
 make_root
+full_tests() {
+    [ -n "${FULL:-}" ] || return 0
+    step "make test"
+    (in_root timeout "$wait_s" make test) 2>&1 | tail -n 12
+}
+
 if [ -n "${BUILD_ONLY:-}" ]; then
     step "make build"
     (in_root timeout "$wait_s" make build) 2>&1 | tail -n 5
-    step done
+    full_tests
+    step "done"
     exit 0
 fi
 step "make serve"
@@ -129,8 +136,5 @@ await_listening
 cat <&3 >>"$work/serve.log" &
 step "two adapters at the same moment"
 ask_two_adapters
-if [ -n "${FULL:-}" ]; then
-    step "make test"
-    (in_root timeout "$wait_s" make test) 2>&1 | tee "$work/test.log" | tail -n 8
-fi
+full_tests
 step "done"
