@@ -209,7 +209,8 @@ static void names_the_tensor_that_does_not_fit(void **state) {
         {"mha", one_kv_head, "model.layers.0.self_attn.k_proj.weight has shape [32, 32]; "
                              "config.json asks for [8, 32]"},
         {"mha", wider_heads, "self_attn.q_proj.weight has shape [32, 32]"},
-        {"mha", wider_ffn, "mlp.gate_proj.weight has shape [48, 32]; config.json asks for [64, 32]"},
+        {"mha", wider_ffn, "mlp.gate_proj.weight has shape [48, 32]; config.json asks for "
+                           "[64, 32]"},
         {"mha", wider_hidden, "model.embed_tokens.weight has shape [256, 32]"},
         {"gqa_tied", untied, "lm_head.weight is missing"},
         {"mha", long_context, "a context of 128 tokens was asked for; config.json allows 1 to 127"},
