@@ -1,0 +1,178 @@
+// The CPU backend's table, its life and its memory. Operations run at once on the calling thread
+// and the workers it wakes, so a queue, events and `synchronize` have nothing to do here.
+//
+// Activations are f32. Weights and pool elements are f32 or bf16. It is the oracle for the other
+// backends: no operation is approximate beyond rounding. It allocates in a step only until its
+// scratch has grown to the largest step.
+//
+// LORAD_CPU_ISA=avx512bf16|avx512|avx2|scalar forces an instruction set, LORAD_CPU_LINEAR=own|onednn
+// the base matmul. Left alone, the matmul is our own but for bf16 on processors with AMX.
+#include "kernels/cpu/cpu_internal.h"
+
+#include "base/memory.h"
+#include "base/verify.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+// ------------------------------------------------------------------ memory
+
+void *cpu_memory(size_t bytes) {
+    const size_t huge = (size_t)2 << 20;
+    size_t align = bytes >= 2 * huge ? huge : 64;
+    size_t rounded = round_up(bytes ? bytes : 1, align);
+    if (rounded < bytes) return NULL;
+    void *memory = aligned_alloc(align, rounded);
+    if (!memory) return NULL;
+    if (align == huge) (void)madvise(memory, rounded, MADV_HUGEPAGE); // a hint
+    return memset(memory, 0, rounded);
+}
+
+static void *cpu_memory_create(struct backend *b, size_t bytes) {
+    (void)b;
+    return cpu_memory(bytes);
+}
+
+static void cpu_memory_destroy(struct backend *b, void *memory) {
+    (void)b;
+    free(memory);
+}
+
+static void cpu_copy(struct backend *b, void *to, const void *from, size_t bytes) {
+    (void)b;
+    memcpy(to, from, bytes);
+}
+
+void *cpu_scratch(struct backend *b, enum cpu_scratch area, size_t bytes) {
+    if (b->scratch[area].bytes < bytes) {
+        free(b->scratch[area].memory);
+        bytes = round_up(bytes + bytes / 4, 4096);
+        b->scratch[area].memory = mem_alloc_aligned(bytes);
+        b->scratch[area].bytes = bytes;
+    }
+    return b->scratch[area].memory;
+}
+
+void cpu_threads_scratch(struct backend *b, size_t bytes_each) {
+    bytes_each = round_up(bytes_each, 4096) + 64; // threads do not share cache sets
+    b->thread_scratch_bytes = bytes_each;
+    cpu_scratch(b, SCRATCH_THREADS, bytes_each * (size_t)b->thread_count);
+}
+
+void *cpu_thread_scratch(struct backend *b, int thread) {
+    return (char *)b->scratch[SCRATCH_THREADS].memory + (size_t)thread * b->thread_scratch_bytes;
+}
+
+struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows) {
+    VERIFY_OP(rows, >, 0);
+    struct row_groups groups;
+    int count = (rows + kernels->tile_rows_max - 1) / kernels->tile_rows_max;
+    groups.rows = (rows + count - 1) / count;
+    groups.count = (rows + groups.rows - 1) / groups.rows;
+    groups.padded = kernels->tile_rows[groups.rows];
+    return groups;
+}
+
+// ------------------------------------------------------------------ pool
+
+static void cpu_pool_attach(struct backend *b, void *pool, const struct pool_shape *shape) {
+    VERIFY_OP(shape->elem_bytes, ==, dtype_bytes(b->dtype));
+    VERIFY_OP(shape->page_elems, ==, 2 * shape->kv_heads * PAGE_TOKENS * shape->head_size);
+    b->pool = pool;
+    b->shape = *shape;
+}
+
+static void cpu_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
+                           size_t elems) {
+    size_t page_elems = b->shape.page_elems, bytes = b->shape.elem_bytes;
+    for (size_t at = 0; at < elems; at += page_elems) {
+        size_t count = elems - at < page_elems ? elems - at : page_elems;
+        memcpy(cpu_page(b, layer, pages[at / page_elems]), (const char *)image + at * bytes,
+               count * bytes);
+    }
+}
+
+// ------------------------------------------------------------------ open and close
+
+static enum status wants_dnnl(enum dtype dtype, bool *wanted, struct error *err) {
+    const char *choice = getenv("LORAD_CPU_LINEAR");
+    *wanted = dtype == DTYPE_BF16 && cpu_isa_has_amx();
+    if (!choice || !*choice) return STATUS_OK;
+    *wanted = strcmp(choice, "onednn") == 0;
+    if (*wanted || strcmp(choice, "own") == 0) return STATUS_OK;
+    return error_set(err, STATUS_INVALID, "LORAD_CPU_LINEAR=%.40s is neither own nor onednn",
+                     choice);
+}
+
+static void cpu_close(struct backend *b) {
+    if (!b) return;
+    cpu_dnnl_close(b->dnnl);
+    cpu_threads_destroy(b->threads);
+    for (int i = 0; i < SCRATCH_COUNT; i++) free(b->scratch[i].memory);
+    free(b);
+}
+
+static enum status cpu_open(const struct backend_options *options, struct backend **out,
+                            struct error *err) {
+    *out = NULL;
+    if (options->dtype != DTYPE_F32 && options->dtype != DTYPE_BF16)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "the CPU backend computes in f32 or bf16, not in %s",
+                         dtype_name(options->dtype));
+    if (options->threads < 0)
+        return error_set(err, STATUS_INVALID, "%d threads asked for; 0 means all cores",
+                         options->threads);
+    const struct cpu_kernels *kernels;
+    enum status status = cpu_isa_choose(&kernels, err);
+    bool dnnl = false;
+    if (status == STATUS_OK) status = wants_dnnl(options->dtype, &dnnl, err);
+    if (status != STATUS_OK) return status;
+    struct backend *b = mem_zalloc(1, sizeof *b);
+    b->kernels = kernels;
+    b->dtype = options->dtype;
+    b->threads = cpu_threads_create(options->threads);
+    b->thread_count = cpu_threads_count(b->threads);
+    if (dnnl) status = cpu_dnnl_open(b->thread_count, b->dtype, &b->dnnl, err);
+    if (status != STATUS_OK) {
+        cpu_close(b);
+        return status;
+    }
+    *out = b;
+    return STATUS_OK;
+}
+
+static bool cpu_health(struct backend *b) {
+    (void)b;
+    return true;
+}
+
+static void cpu_synchronize(struct backend *b) {
+    (void)b;
+}
+
+const struct backend_ops backend_cpu = {
+    .name = "cpu",
+    .activation_bytes = sizeof(float),
+    .open = cpu_open,
+    .close = cpu_close,
+    .health = cpu_health,
+    .memory_create = cpu_memory_create,
+    .memory_destroy = cpu_memory_destroy,
+    .upload = cpu_copy,
+    .download = cpu_copy,
+    .synchronize = cpu_synchronize,
+    .pool_attach = cpu_pool_attach,
+    .pool_write = cpu_pool_write,
+    .linear_create = cpu_linear_create,
+    .linear_destroy = cpu_linear_destroy,
+    .embed = cpu_embed,
+    .rms_norm = cpu_rms_norm,
+    .linear = cpu_linear,
+    .lora_shrink = cpu_lora_shrink,
+    .lora_expand = cpu_lora_expand,
+    .rope_and_kv_write = cpu_rope_and_kv_write,
+    .attention = cpu_attention,
+    .silu_mul = cpu_silu_mul,
+    .gather_rows = cpu_gather_rows,
+};

@@ -1,0 +1,106 @@
+// What the files of the CPU backend share: the open backend, its scratch, and the operations that
+// cpu_backend.c puts into the table. Nobody outside kernels/cpu includes this.
+#ifndef LORAD_KERNELS_CPU_INTERNAL_H
+#define LORAD_KERNELS_CPU_INTERNAL_H
+
+#include "kernels/backend.h"
+#include "kernels/cpu/cpu_isa.h"
+#include "kernels/cpu/cpu_threads.h"
+
+// Scratch grows to the largest step seen and stays; each area has one user at a time.
+enum cpu_scratch {
+    SCRATCH_PACKED_X, // activations packed for tiles
+    SCRATCH_ITEMS,    // a list of work items
+    SCRATCH_PARTIALS, // attention over parts of a context
+    SCRATCH_THREADS,  // one part a thread
+    SCRATCH_COUNT
+};
+
+struct backend {
+    const struct cpu_kernels *kernels;
+    struct cpu_threads *threads;
+    int thread_count;
+    enum dtype dtype; // of weights and pool elements
+    struct pool_shape shape;
+    char *pool;
+    struct {
+        void *memory;
+        size_t bytes;
+    } scratch[SCRATCH_COUNT];
+    size_t thread_scratch_bytes;
+    struct dnnl_context *dnnl; // NULL: linear runs on our own tiles
+};
+
+// At least `bytes`, 64-byte aligned; the contents are lost when it has to grow.
+void *cpu_scratch(struct backend *b, enum cpu_scratch area, size_t bytes);
+// The same for each thread; between this call and the next, cpu_thread_scratch() gives the parts.
+void cpu_threads_scratch(struct backend *b, size_t bytes_each);
+void *cpu_thread_scratch(struct backend *b, int thread);
+// Page-aligned (huge pages where the system gives them), zeroed; released with free().
+void *cpu_memory(size_t bytes);
+
+static inline size_t round_up(size_t n, size_t to) {
+    return (n + to - 1) / to * to;
+}
+
+static inline int min_int(int a, int b) {
+    return a < b ? a : b;
+}
+
+static inline int max_int(int a, int b) {
+    return a > b ? a : b;
+}
+
+// T rows cut into groups of equal height (the last may be lower), each packed for one tile.
+struct row_groups {
+    int count, rows; // groups; rows in all but the last
+    int padded;      // rows a group is packed for
+};
+struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows);
+
+static inline int group_rows(const struct row_groups *groups, int group, int total) {
+    return min_int(groups->rows, total - group * groups->rows);
+}
+
+// The first element of page `page` in layer `layer`.
+static inline char *cpu_page(const struct backend *b, int layer, int32_t page) {
+    size_t index = (size_t)layer * (size_t)b->shape.page_count + (size_t)page;
+    return b->pool + index * b->shape.page_elems * b->shape.elem_bytes;
+}
+
+// oneDNN's matmul in place of our tiles (cpu_dnnl.c).
+struct dnnl_context;
+MUST_CHECK enum status cpu_dnnl_open(int threads, enum dtype dtype, struct dnnl_context **out,
+                                     struct error *err);
+void cpu_dnnl_close(struct dnnl_context *context);
+struct dnnl_linear;
+// weights [out, in] of the backend's dtype.
+MUST_CHECK enum status cpu_dnnl_linear_create(struct dnnl_context *context, const void *weights,
+                                              int out, int in, struct dnnl_linear **result,
+                                              struct error *err);
+void cpu_dnnl_linear_destroy(struct dnnl_linear *linear);
+void cpu_dnnl_linear(struct backend *b, const struct dnnl_linear *linear, float *y, const float *x,
+                     int tokens);
+
+// Operations; see kernels/backend.h.
+enum status cpu_linear_create(struct backend *b, const void *weights, enum dtype dtype, int out,
+                              int in, struct linear **result, struct error *err);
+void cpu_linear_destroy(struct backend *b, struct linear *linear);
+void cpu_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
+                int tokens);
+void cpu_lora_shrink(struct backend *b, const struct lora_launch *launch);
+void cpu_lora_expand(struct backend *b, const struct lora_launch *launch);
+void cpu_attention(struct backend *b, int layer, void *y, const void *qkv,
+                   const struct attention_span *spans, int span_count, int query_heads);
+void cpu_embed(struct backend *b, void *y, const void *table, enum dtype dtype, const int32_t *ids,
+               int tokens, int hidden);
+void cpu_rms_norm(struct backend *b, void *y, void *x, const void *residual, const float *gain,
+                  float epsilon, int tokens, int hidden);
+void cpu_rope_and_kv_write(struct backend *b, int layer, void *qkv, const float *cosines,
+                           const float *sines, const int32_t *positions, const int32_t *slots,
+                           int tokens, int query_heads);
+void cpu_silu_mul(struct backend *b, void *y, const void *gate_up, int tokens, int ffn);
+void cpu_gather_rows(struct backend *b, void *y, const void *x, const int32_t *rows, int count,
+                     int hidden);
+
+#endif

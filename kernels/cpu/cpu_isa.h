@@ -1,0 +1,83 @@
+// The inner kernels of the CPU backend, one table for each instruction set, and the choice between
+// them. The same source (cpu_kernels_body.h over cpu_vector.h) is compiled once a set; everything
+// that knows about pages, segments, spans or threads lies above this table and is compiled once.
+//
+// The centre is the tile: y[R rows, 16 columns a panel] (+)= x[R, k] * w[k, 16]. A panel is 16
+// columns of a matrix with k running outwards. Base weights are stored as panels; attention and
+// LoRA turn pages into panels on the fly (transpose) and then use the same tile.
+// Each y element is one accumulator that runs over k in ascending order, whatever R and the number
+// of panels: a row's result does not depend on the rows beside it.
+#ifndef LORAD_KERNELS_CPU_ISA_H
+#define LORAD_KERNELS_CPU_ISA_H
+
+#include "base/error.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { PANEL = 16, TILE_ROWS_MAX = 28, TILE_PANELS_MAX = 4 };
+
+// One call of a tile. `rows` is what is stored; x is packed for tile_rows[rows] rows, k outermost:
+// x[k][R]. Panel c begins at w + c * panel_stride, its k-th row k_stride further (both in elements
+// of 4 bytes: an f32, or a pair of bf16 of two neighbouring k).
+struct cpu_tile {
+    const void *x, *w;
+    size_t panel_stride, k_stride;
+    int k;      // f32: elements; bf16: pairs
+    int rows;   // 1..tile_rows_max
+    int panels; // 1..tile_panels[rows]
+    bool add;   // start from y instead of zero
+    float *y;
+    size_t y_stride; // elements from one row to the next; panels lie side by side
+};
+
+struct cpu_kernels {
+    const char *name;
+    int tile_rows_max;
+    const uint8_t *tile_rows;   // [rows] -> rows the tile computes (and x is packed for)
+    const uint8_t *tile_panels; // [rows] -> panels it can take at once: 1, 2 or 4
+    bool packs_pairs;           // pack_bf16 makes bf16 pairs; else f32 values rounded to bf16
+
+    void (*tile_f32)(const struct cpu_tile *tile);
+    void (*tile_bf16)(const struct cpu_tile *tile);
+
+    // x [rows, k] with `stride` elements a row -> packed for the tile. `to` holds
+    // cpu_packed_bytes(); an odd k is filled up with a zero.
+    void (*pack_f32)(void *to, const float *x, size_t stride, int rows, int k);
+    void (*pack_bf16)(void *to, const float *x, size_t stride, int rows, int k);
+
+    // 16 rows of n 4-byte words -> to[n][16]. A NULL row is zero.
+    void (*transpose)(uint32_t *to, const uint32_t *const rows[PANEL], int n);
+    // Panel of n bf16 pairs -> panel of 2n f32.
+    void (*widen_panel)(float *to, const uint32_t *pairs, int n);
+    void (*widen)(float *to, const uint16_t *from, size_t n);
+    void (*narrow)(uint16_t *to, const float *from, size_t n);
+
+    void (*rms_norm)(float *y, float *x, const float *residual, const float *gain, float epsilon,
+                     int n);
+    void (*silu_mul)(float *y, const float *gate, const float *up, int n);
+    // head[i], head[i + half] rotated by the angle whose cosine and sine are given.
+    void (*rotate)(float *head, const float *cosines, const float *sines, int half);
+    float (*maximum)(const float *x, int n); // n > 0
+    // x[i] = exp(x[i] - shift); returns the sum.
+    float (*exp_sum)(float *x, float shift, int n);
+    void (*scale_add)(float *y, float y_scale, const float *x, float x_scale, int n);
+};
+
+extern const struct cpu_kernels cpu_kernels_scalar;
+#ifdef __x86_64__
+extern const struct cpu_kernels cpu_kernels_avx2, cpu_kernels_avx512, cpu_kernels_avx512bf16;
+#endif
+
+// The best set this processor has, or the one LORAD_CPU_ISA names.
+MUST_CHECK enum status cpu_isa_choose(const struct cpu_kernels **out, struct error *err);
+// Whether the processor multiplies bf16 matrices in AMX tiles, which oneDNN knows how to use.
+bool cpu_isa_has_amx(void);
+
+// Bytes of `rows` packed rows of k elements (either pack function, any instruction set).
+static inline size_t cpu_packed_bytes(int padded_rows, int k) {
+    return ((size_t)padded_rows * (size_t)(k + 1) + 2 * TILE_ROWS_MAX) * sizeof(float);
+}
+
+#endif

@@ -1,0 +1,377 @@
+// The inner kernels, written once over cpu_vector.h. Each cpu_kernels_SET.c defines VECTOR_WIDTH,
+// KERNELS (the table's name), KERNELS_NAME and KERNELS_BF16 (1: the processor multiplies pairs of
+// bf16), includes this file, and is compiled with that set's flags. Pure functions over plain
+// arrays: no pages, no threads, no allocation.
+#include "kernels/cpu/cpu_isa.h"
+#include "kernels/cpu/cpu_vector.h"
+
+#include <math.h>
+#if KERNELS_BF16
+#include <immintrin.h>
+#endif
+
+enum { PANEL_VECTORS = PANEL / VECTOR_WIDTH, TILE_VECTORS_MAX = 28 };
+
+// ------------------------------------------------------------------ the tile
+
+// y += pair . pair, both of bf16; without hardware for it x comes as two floats.
+#if KERNELS_BF16
+typedef uint32_t pair_x;
+enum { PAIR_X_STEP = 1 };
+INLINE vf pair_multiply(vf acc, vu w, const pair_x *x) {
+    vu repeated = (vu){REPEAT(*x)};
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)repeated);
+}
+#endif
+
+// Unrolled by the compiler for constant R (rows) and C (panels): R * C * PANEL_VECTORS
+// accumulators stay in registers.
+INLINE void tile_begin(const struct cpu_tile *t, vf *acc, const int R, const int N) {
+#pragma GCC unroll 32
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 32
+        for (int c = 0; c < N; c++)
+            acc[r * N + c] = t->add && r < t->rows
+                                 ? vf_load(t->y + (size_t)r * t->y_stride + c * VECTOR_WIDTH)
+                                 : vf_set(0.0f);
+}
+
+INLINE void tile_end(const struct cpu_tile *t, const vf *acc, const int R, const int N) {
+#pragma GCC unroll 32
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 32
+        for (int c = 0; c < N; c++)
+            if (r < t->rows)
+                vf_store(t->y + (size_t)r * t->y_stride + c * VECTOR_WIDTH, acc[r * N + c]);
+}
+
+INLINE void tile_f32_body(const struct cpu_tile *t, const int R, const int C) {
+    const int N = C * PANEL_VECTORS;
+    vf acc[TILE_VECTORS_MAX];
+    tile_begin(t, acc, R, N);
+    const float *x = t->x, *w = t->w;
+    for (int k = 0; k < t->k; k++, x += R, w += t->k_stride) {
+        vf columns[TILE_PANELS_MAX * PANEL_VECTORS];
+#pragma GCC unroll 32
+        for (int c = 0; c < N; c++)
+            columns[c] = vf_load(w + (size_t)(c / PANEL_VECTORS) * t->panel_stride +
+                                 c % PANEL_VECTORS * VECTOR_WIDTH);
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 32
+            for (int c = 0; c < N; c++) acc[r * N + c] += vf_set(x[r]) * columns[c];
+    }
+    tile_end(t, acc, R, N);
+}
+
+enum { PREFETCH_WORDS = 512 }; // how far ahead of the multiply weights are asked for
+
+INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
+    const int N = C * PANEL_VECTORS;
+    vf acc[TILE_VECTORS_MAX];
+    tile_begin(t, acc, R, N);
+    const uint32_t *w = t->w;
+#if KERNELS_BF16
+    const pair_x *x = t->x;
+    for (int k = 0; k < t->k; k++, x += R, w += t->k_stride) {
+        vu columns[TILE_PANELS_MAX * PANEL_VECTORS];
+#pragma GCC unroll 32
+        for (int c = 0; c < N; c++) {
+            columns[c] = vu_load(w + (size_t)c * t->panel_stride);
+            __builtin_prefetch(w + (size_t)c * t->panel_stride + PREFETCH_WORDS);
+        }
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 32
+            for (int c = 0; c < N; c++)
+                acc[r * N + c] = pair_multiply(acc[r * N + c], columns[c], x + r);
+    }
+#else
+    const float *x = t->x;
+    for (int k = 0; k < t->k; k++, x += 2 * R, w += t->k_stride) {
+#pragma GCC unroll 32
+        for (int c = 0; c < N; c++) {
+            vu pairs = vu_load(w + (size_t)(c / PANEL_VECTORS) * t->panel_stride +
+                               c % PANEL_VECTORS * VECTOR_WIDTH);
+            vf even = (vf)(pairs << 16), odd = (vf)(pairs & 0xffff0000u);
+#pragma GCC unroll 32
+            for (int r = 0; r < R; r++) {
+                acc[r * N + c] += vf_set(x[r]) * even;
+                acc[r * N + c] += vf_set(x[R + r]) * odd;
+            }
+        }
+    }
+#endif
+    tile_end(t, acc, R, N);
+}
+
+#if VECTOR_WIDTH == 16
+// R * C <= 28 accumulators of 32 registers.
+#define TILE_LIST(X)                                                                               \
+    X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(2, 4) X(3, 1) X(3, 2) X(3, 4) X(4, 1) X(4, 2)        \
+    X(4, 4) X(6, 1) X(6, 2) X(6, 4) X(8, 1) X(8, 2) X(12, 1) X(12, 2) X(14, 1) X(14, 2) X(16, 1)   \
+    X(20, 1) X(24, 1) X(28, 1)
+static const uint8_t tile_rows[] = {0,  1,  2,  3,  4,  6,  6,  8,  8,  12, 12, 12, 12, 14, 14,
+                                    16, 16, 20, 20, 20, 20, 24, 24, 24, 24, 28, 28, 28, 28};
+static const uint8_t tile_panels[] = {0, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2,
+                                      1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+#elif VECTOR_WIDTH == 8
+#define TILE_LIST(X)                                                                               \
+    X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
+static const uint8_t tile_rows[] = {0, 1, 2, 3, 4, 5, 6};
+static const uint8_t tile_panels[] = {0, 4, 2, 2, 1, 1, 1};
+#else
+#define TILE_LIST(X) X(1, 1) X(1, 2) X(2, 1) X(3, 1)
+static const uint8_t tile_rows[] = {0, 1, 2, 3};
+static const uint8_t tile_panels[] = {0, 2, 1, 1};
+#endif
+
+// Each shape is its own function, so that the compiler allocates registers for it alone.
+#define TILE_FUNCTIONS(R, C)                                                                       \
+    static __attribute__((noinline)) void tile_f32_##R##_##C(const struct cpu_tile *t) {           \
+        tile_f32_body(t, R, C);                                                                    \
+    }                                                                                              \
+    static __attribute__((noinline)) void tile_bf16_##R##_##C(const struct cpu_tile *t) {          \
+        tile_bf16_body(t, R, C);                                                                   \
+    }
+TILE_LIST(TILE_FUNCTIONS)
+
+typedef void tile_function(const struct cpu_tile *t);
+#define TILE_F32_ENTRY(R, C) [R][C] = tile_f32_##R##_##C,
+#define TILE_BF16_ENTRY(R, C) [R][C] = tile_bf16_##R##_##C,
+static tile_function *const tiles_f32[TILE_ROWS_MAX + 1][TILE_PANELS_MAX + 1] = {
+    TILE_LIST(TILE_F32_ENTRY)};
+static tile_function *const tiles_bf16[TILE_ROWS_MAX + 1][TILE_PANELS_MAX + 1] = {
+    TILE_LIST(TILE_BF16_ENTRY)};
+
+static void tile_f32(const struct cpu_tile *t) {
+    tiles_f32[tile_rows[t->rows]][t->panels](t);
+}
+
+static void tile_bf16(const struct cpu_tile *t) {
+    tiles_bf16[tile_rows[t->rows]][t->panels](t);
+}
+
+// ------------------------------------------------------------------ transposition and packing
+
+// `count` (up to the width) words of VECTOR_WIDTH rows -> columns in m.
+INLINE void transpose_block(vu m[VECTOR_WIDTH], const uint32_t *const *rows, int at, int count) {
+    for (int r = 0; r < VECTOR_WIDTH; r++) {
+        m[r] = (vu){0};
+        if (!rows[r]) continue;
+        if (count >= VECTOR_WIDTH) m[r] = vu_load(rows[r] + at);
+        else memcpy(&m[r], rows[r] + at, (size_t)count * 4);
+    }
+    vu_transpose(m);
+}
+
+static void transpose(uint32_t *to, const uint32_t *const rows[PANEL], int n) {
+    for (int at = 0; at < n; at += VECTOR_WIDTH) {
+        int count = n - at < VECTOR_WIDTH ? n - at : VECTOR_WIDTH;
+        for (int c = 0; c < PANEL_VECTORS; c++) {
+            vu m[VECTOR_WIDTH];
+            transpose_block(m, rows + c * VECTOR_WIDTH, at, count);
+            for (int i = 0; i < count; i++)
+                vu_store(to + (size_t)(at + i) * PANEL + c * VECTOR_WIDTH, m[i]);
+        }
+    }
+}
+
+// rows (at most R) of n words -> to[n][R]. Whole vectors are stored in ascending order, so that
+// what one writes past its R words the next one overwrites.
+static void pack_words(uint32_t *to, const uint32_t *x, size_t stride, int rows, int R, int n) {
+    if (R == 1) {
+        memcpy(to, x, (size_t)n * 4);
+        return;
+    }
+    const uint32_t *row[TILE_ROWS_MAX + VECTOR_WIDTH] = {NULL};
+    for (int r = 0; r < rows; r++) row[r] = x + (size_t)r * stride;
+    int blocks = (R + VECTOR_WIDTH - 1) / VECTOR_WIDTH;
+    vu m[(TILE_ROWS_MAX + VECTOR_WIDTH) / VECTOR_WIDTH + 1][VECTOR_WIDTH];
+    for (int at = 0; at < n; at += VECTOR_WIDTH) {
+        int count = n - at < VECTOR_WIDTH ? n - at : VECTOR_WIDTH;
+        for (int b = 0; b < blocks; b++)
+            transpose_block(m[b], row + b * VECTOR_WIDTH, at, count);
+        for (int i = 0; i < count; i++)
+            for (int b = 0; b < blocks; b++)
+                vu_store(to + (size_t)(at + i) * (size_t)R + b * VECTOR_WIDTH, m[b][i]);
+    }
+}
+
+static void narrow(uint16_t *to, const float *from, size_t n) {
+    size_t i = 0;
+    for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH) {
+        vh half = __builtin_convertvector(vf_to_bf16_bits(vf_load(from + i)), vh);
+        memcpy(to + i, &half, sizeof half);
+    }
+    if (i == n) return;
+    vh half = __builtin_convertvector(vf_to_bf16_bits(vf_load_part(from + i, (int)(n - i))), vh);
+    memcpy(to + i, &half, (n - i) * sizeof *to);
+}
+
+static void widen(float *to, const uint16_t *from, size_t n) {
+    size_t i = 0;
+    for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH) vf_store(to + i, vf_from_bf16(from + i));
+    for (; i < n; i++) {
+        uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(to + i, &bits, 4);
+    }
+}
+
+static void pack_f32(void *to, const float *x, size_t stride, int rows, int k) {
+    pack_words(to, (const uint32_t *)(const void *)x, stride, rows, tile_rows[rows], k);
+}
+
+// In pieces of PIECE elements, each narrowed into a small buffer and transposed from there.
+static void pack_bf16(void *to, const float *x, size_t stride, int rows, int k) {
+    enum { PIECE = 128 };
+    int R = tile_rows[rows];
+    uint32_t *words = to;
+#if KERNELS_BF16
+    uint16_t part[TILE_ROWS_MAX][PIECE];
+#else
+    float part[TILE_ROWS_MAX][PIECE];
+#endif
+    for (int at = 0; at < k; at += PIECE) {
+        int count = k - at < PIECE ? k - at : PIECE, even = count + (count & 1);
+        for (int r = 0; r < rows; r++) {
+            const float *from = x + (size_t)r * stride + at;
+#if KERNELS_BF16
+            narrow(part[r], from, (size_t)count);
+#else
+            uint16_t rounded[PIECE];
+            narrow(rounded, from, (size_t)count);
+            widen(part[r], rounded, (size_t)count);
+#endif
+            if (even > count) part[r][count] = 0;
+        }
+        int n = KERNELS_BF16 ? even / 2 : even;
+        pack_words(words, (const uint32_t *)(const void *)part, sizeof part[0] / 4, rows, R, n);
+        words += (size_t)n * (size_t)R;
+    }
+}
+
+static void widen_panel(float *to, const uint32_t *pairs, int n) {
+    for (int i = 0; i < n; i++)
+        for (int c = 0; c < PANEL_VECTORS; c++) {
+            vu both = vu_load(pairs + (size_t)i * PANEL + c * VECTOR_WIDTH);
+            float *at = to + (size_t)i * 2 * PANEL + c * VECTOR_WIDTH;
+            vf_store(at, (vf)(both << 16));
+            vf_store(at + PANEL, (vf)(both & 0xffff0000u));
+        }
+}
+
+// ------------------------------------------------------------------ rows of activations
+
+static void rms_norm(float *y, float *x, const float *residual, const float *gain, float epsilon,
+                     int n) {
+    vf squares[2] = {vf_set(0.0f), vf_set(0.0f)};
+    int i = 0;
+    for (int lane = 0; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH, lane ^= 1) {
+        vf v = vf_load(x + i);
+        if (residual) {
+            v += vf_load(residual + i);
+            vf_store(x + i, v);
+        }
+        squares[lane] += v * v;
+    }
+    float tail = 0.0f;
+    for (; i < n; i++) {
+        if (residual) x[i] += residual[i];
+        tail += x[i] * x[i];
+    }
+    float mean = (vf_sum(squares[0] + squares[1]) + tail) / (float)n;
+    float scale = 1.0f / sqrtf(mean + epsilon);
+    for (i = 0; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH)
+        vf_store(y + i, vf_load(x + i) * vf_set(scale) * vf_load(gain + i));
+    for (; i < n; i++) y[i] = x[i] * scale * gain[i];
+}
+
+INLINE vf silu_times(vf gate, vf up) {
+    return gate / (vf_set(1.0f) + vf_exp(-gate)) * up;
+}
+
+static void silu_mul(float *y, const float *gate, const float *up, int n) {
+    int i = 0;
+    for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH)
+        vf_store(y + i, silu_times(vf_load(gate + i), vf_load(up + i)));
+    if (i < n)
+        vf_store_part(y + i, silu_times(vf_load_part(gate + i, n - i), vf_load_part(up + i, n - i)),
+                      n - i);
+}
+
+static void rotate(float *head, const float *cosines, const float *sines, int half) {
+    float *first = head, *second = head + half;
+    int i = 0;
+    for (; i + VECTOR_WIDTH <= half; i += VECTOR_WIDTH) {
+        vf a = vf_load(first + i), b = vf_load(second + i);
+        vf c = vf_load(cosines + i), s = vf_load(sines + i);
+        vf_store(first + i, a * c - b * s);
+        vf_store(second + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
+        float a = first[i], b = second[i];
+        first[i] = a * cosines[i] - b * sines[i];
+        second[i] = b * cosines[i] + a * sines[i];
+    }
+}
+
+static float maximum(const float *x, int n) {
+    float best = x[0];
+    int i = 0;
+    if (n >= VECTOR_WIDTH) {
+        vf wide = vf_load(x);
+        for (i = VECTOR_WIDTH; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH)
+            wide = vf_max(wide, vf_load(x + i));
+        best = vf_maximum(wide);
+    }
+    for (; i < n; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+static float exp_sum(float *x, float shift, int n) {
+    vf sum = vf_set(0.0f);
+    int i = 0;
+    for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH) {
+        vf e = vf_exp(vf_load(x + i) - vf_set(shift));
+        vf_store(x + i, e);
+        sum += e;
+    }
+    if (i < n) {
+        vf e = vf_exp(vf_load_part(x + i, n - i) - vf_set(shift));
+        float part[VECTOR_WIDTH] = {0};
+        vf_store_part(part, e, n - i);
+        memcpy(x + i, part, (size_t)(n - i) * sizeof *x);
+        sum += vf_load(part);
+    }
+    return vf_sum(sum);
+}
+
+static void scale_add(float *y, float y_scale, const float *x, float x_scale, int n) {
+    int i = 0;
+    for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH)
+        vf_store(y + i, vf_load(y + i) * vf_set(y_scale) + vf_load(x + i) * vf_set(x_scale));
+    for (; i < n; i++) y[i] = y[i] * y_scale + x[i] * x_scale;
+}
+
+const struct cpu_kernels KERNELS = {
+    .name = KERNELS_NAME,
+    .tile_rows_max = sizeof tile_rows - 1,
+    .tile_rows = tile_rows,
+    .tile_panels = tile_panels,
+    .packs_pairs = KERNELS_BF16,
+    .tile_f32 = tile_f32,
+    .tile_bf16 = tile_bf16,
+    .pack_f32 = pack_f32,
+    .pack_bf16 = pack_bf16,
+    .transpose = transpose,
+    .widen_panel = widen_panel,
+    .widen = widen,
+    .narrow = narrow,
+    .rms_norm = rms_norm,
+    .silu_mul = silu_mul,
+    .rotate = rotate,
+    .maximum = maximum,
+    .exp_sum = exp_sum,
+    .scale_add = scale_add,
+};
