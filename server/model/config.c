@@ -142,6 +142,7 @@ static enum status refuse_unsupported(const json_t *root, bool mistral, int cont
                          "%s: \"quantization_config\": quantized weights are not supported",
                          config_name);
     const json_t *partial = field(root, "partial_rotary_factor");
+    if (!partial) partial = field(field(root, "rope_parameters"), "partial_rotary_factor");
     if (partial && json_number_value(partial) != 1.0)
         return error_set(err, STATUS_UNSUPPORTED, "%s: \"partial_rotary_factor\" must be 1",
                          config_name);
@@ -200,6 +201,9 @@ static enum status read_shape(const json_t *root, bool mistral, struct model_con
 static enum status read_rope_type(const json_t *rope, enum rope_scaling *out, struct error *err) {
     const json_t *type = field(rope, "rope_type");
     if (!type) type = field(rope, "type");
+    if (!type && field(rope, "factor"))
+        return error_set(err, STATUS_INVALID,
+                         "%s: \"rope_type\" is missing beside \"factor\"", config_name);
     const char *name = type ? json_string_value(type) : "default";
     if (name && strcmp(name, "default") == 0)
         *out = ROPE_DEFAULT;

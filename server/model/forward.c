@@ -104,12 +104,19 @@ static void step_verify(const struct model *m, const struct model_step *step) {
     for (int i = 0; i < step->segment_count; i++) {
         const struct lora_segment *s = &step->segments[i];
         VERIFY_OP(s->token_first, >=, 0);
+        VERIFY_OP(s->token_count, >, 0);
         VERIFY_OP(s->token_first + s->token_count, <=, step->token_count);
         VERIFY_OP(s->v_first, >=, 0);
         VERIFY_OP(s->v_first + s->token_count, <=, m->v_rows_max);
     }
-    for (int i = 0; i < step->span_count; i++)
-        VERIFY_OP(step->spans[i].token_first + step->spans[i].token_count, <=, step->token_count);
+    for (int i = 0; i < step->span_count; i++) {
+        const struct attention_span *s = &step->spans[i];
+        VERIFY_OP(s->token_first, >=, 0);
+        VERIFY_OP(s->token_count, >, 0);
+        VERIFY_OP(s->token_first + s->token_count, <=, step->token_count);
+        VERIFY_OP(s->context, >=, s->token_count);
+        VERIFY_OP(s->context, <=, m->context_max);
+    }
     for (int i = 0; i < step->logit_count; i++) {
         VERIFY_OP(step->logit_rows[i], >=, 0);
         VERIFY_OP(step->logit_rows[i], <, step->token_count);
