@@ -1,7 +1,8 @@
 // The forward pass against HF transformers + PEFT (tests/reference/make_tiny_models.py): logits in
 // f32 to 1e-4 and greedy tokens exactly, for each architecture variant and adapter, alone, in
 // chunks, and in batches of everything at once. Then the weights that must be refused, and dummy
-// weights. `plain` is the tests' own backend in plain C: what fails there is wrong in the model.
+// weights. `plain` is the tests' own backend in plain C: what fails there is wrong in the model, what
+// fails with backend_cpu alone is wrong in kernels/cpu.
 #include "model_rig.h"
 #include "plain_backend.h"
 
@@ -19,7 +20,7 @@ static const struct fixture {
 };
 enum { FIXTURES = sizeof fixtures / sizeof *fixtures };
 
-static const struct backend_ops *const backends[] = {&plain_backend};
+static const struct backend_ops *const backends[] = {&plain_backend, &backend_cpu};
 enum { BACKENDS = sizeof backends / sizeof *backends };
 
 static void open_fixture(struct model_rig *rig, const struct backend_ops *ops, int i) {
@@ -154,6 +155,42 @@ static void random_batches(void **state) {
             close_runs(&rig, runs, count);
             rig_close(&rig);
         }
+}
+
+// bf16 keeps 8 significant bits: a rounding errs by 2^-9 at most. About 12 of them a layer (weights,
+// inputs and results of four matmuls) and 3 outside add up in quadrature when independent; 4 is the
+// room given to norms and softmax for making an error larger.
+static bool close_for_bf16(struct model_rig *rig, const struct run *run, const float *logits,
+                           const float *expected) {
+    double difference = 0, size = 0;
+    for (int i = 0; i < rig->config.vocabulary; i++) {
+        difference += pow((double)logits[i] - (double)expected[i], 2);
+        size += pow((double)expected[i], 2);
+    }
+    double error = sqrt(difference / size);
+    if (!(error <= rig->worst)) rig->worst = error;
+    return error <= 4 * sqrt(12.0 * rig->config.layers + 3) * 0x1p-9;
+}
+
+// Everything in 16 bits: weights, adapters' images and the KV cache; prompts in chunks of 16.
+static void bf16_stays_close(void **state) {
+    static struct run runs[RUNS_MAX];
+    for (int f = 0; f < FIXTURES; f++) {
+        struct model_rig rig;
+        rig_open(&rig, &backend_cpu, DTYPE_BF16, fixtures[f].name, fixtures[f].adapters);
+        int count = open_all_runs(&rig, runs), tokens = 1;
+        while (tokens > 0) {
+            int counts[RUNS_MAX];
+            tokens = 0;
+            for (int i = 0; i < count; i++) {
+                int left = runs[i].length - runs[i].done;
+                tokens += counts[i] = left < 16 ? left : 16;
+            }
+            if (tokens) rig_step(&rig, runs, counts, count, close_for_bf16);
+        }
+        close_runs(&rig, runs, count);
+        rig_close(&rig);
+    }
 }
 
 // ---- weights that do not fit the configuration -------------------------------------------------
@@ -347,6 +384,7 @@ int main(void) {
         cmocka_unit_test(chunked_prefill),
         cmocka_unit_test(all_in_one_batch),
         cmocka_unit_test(random_batches),
+        cmocka_unit_test(bf16_stays_close),
         cmocka_unit_test(names_the_tensor_that_does_not_fit),
         cmocka_unit_test(refuses_changed_files),
         cmocka_unit_test(dummy_weights_depend_on_the_seed),
