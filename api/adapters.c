@@ -1,0 +1,252 @@
+// Models and adapters: what is served, loading and unloading at run time (vLLM's contract), and
+// what each adapter holds. Loop thread; files are read on libuv's thread pool.
+//
+// A path in a request is opened beneath --adapter-dir and nowhere else (openat2, RESOLVE_BENEATH:
+// no "..", no symbolic link that leads out), and the files are then read through that descriptor.
+#include "api/api_internal.h"
+
+#include "base/log.h"
+#include "base/memory.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/openat2.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// ------------------------------------------------------------------ GET /v1/models
+
+static json_t *model_json(const struct api *api, const char *id, const char *root,
+                          const char *parent) {
+    return json_pack("{s:s,s:s,s:I,s:s,s:s,s:s?,s:i}", "id", id, "object", "model", "created",
+                     (json_int_t)api->created, "owned_by", "lorad", "root", root, "parent", parent,
+                     "max_model_len", api->setup.context_max);
+}
+
+void handle_models(struct connection *c, const struct http_request *r, const char *tail) {
+    const struct api *api = c->api;
+    const char *base = api->setup.base_id;
+    struct adapter **list;
+    int count = registry_list(api->setup.registry, &list);
+    json_t *data = json_array(), *found = NULL;
+    json_array_append_new(data, model_json(api, base, base, NULL));
+    if (strcmp(tail, base) == 0) found = json_incref(json_array_get(data, 0));
+    for (int i = 0; i < count; i++) {
+        json_t *one = model_json(api, list[i]->name, list[i]->name, base);
+        if (strcmp(tail, list[i]->name) == 0) found = json_incref(one);
+        json_array_append_new(data, one);
+        adapter_unref(list[i]);
+    }
+    free(list);
+    if (!*tail) {
+        respond_json(c, 200, json_pack("{s:s,s:o}", "object", "list", "data", data));
+        return;
+    }
+    json_decref(data);
+    if (found) respond_json(c, 200, found);
+    else respond_refusal(c, 404, "model", "model_not_found", "there is no such model or adapter");
+}
+
+// ------------------------------------------------------------------ GET /v1/adapters
+
+static json_t *adapter_json(const struct adapter *a) {
+    static const char *const names[LORA_MODULES] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                                    "gate_proj", "up_proj", "down_proj"};
+    json_t *modules = json_object();
+    int rank = 0;
+    for (int m = 0; m < LORA_MODULES; m++) {
+        if (a->rank[m]) json_object_set_new(modules, names[m], json_integer(a->rank[m]));
+        rank = a->rank[m] > rank ? a->rank[m] : rank;
+    }
+    return json_pack("{s:s,s:s,s:i,s:o,s:I,s:i,s:i,s:s,s:I,s:I,s:I}", "id", a->name, "tier",
+                     atomic_load(&a->resident) ? "device" : "host", "rank", rank, "modules",
+                     modules, "bytes", (json_int_t)a->image_bytes, "pages", a->page_count, "refs",
+                     atomic_load(&a->refs), "digest", a->digest, "generation",
+                     (json_int_t)a->generation, "requests", (json_int_t)atomic_load(&a->requests),
+                     "tokens", (json_int_t)atomic_load(&a->tokens));
+}
+
+void handle_adapters(struct connection *c, const struct http_request *r, const char *tail) {
+    if (*tail) {
+        struct adapter *adapter = registry_find(c->api->setup.registry, tail);
+        if (adapter) respond_json(c, 200, adapter_json(adapter));
+        else respond_refusal(c, 404, "id", NULL, "there is no such adapter");
+        if (adapter) adapter_unref(adapter);
+        return;
+    }
+    struct adapter **list;
+    int count = registry_list(c->api->setup.registry, &list);
+    json_t *data = json_array();
+    for (int i = 0; i < count; i++) {
+        json_array_append_new(data, adapter_json(list[i]));
+        adapter_unref(list[i]);
+    }
+    free(list);
+    respond_json(c, 200, json_pack("{s:s,s:o}", "object", "list", "data", data));
+}
+
+// ------------------------------------------------------------------ loading
+
+struct load {
+    struct offload offload;
+    struct connection *connection; // NULL once the client has gone; the load goes on
+    char *name, *path;
+    struct error err;
+};
+
+static void load_gone(void *exchange) {
+    ((struct load *)exchange)->connection = NULL;
+}
+
+static int open_beneath(int root, const char *path, uint64_t flags) {
+    struct open_how how = {.flags = flags | O_CLOEXEC,
+                           .resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS};
+    return (int)syscall(SYS_openat2, root, path, &how, sizeof how);
+}
+
+static enum status refuse_path(struct error *err, int error_number) {
+    if (error_number == ENOENT)
+        return error_set_param(err, STATUS_NOT_FOUND, "lora_path",
+                               "there is no such folder under --adapter-dir");
+    if (error_number == ENOTDIR)
+        return error_set_param(err, STATUS_INVALID, "lora_path", "lora_path must be a folder");
+    return error_set_param(err, STATUS_FORBIDDEN, "lora_path",
+                           "lora_path must lie inside --adapter-dir, without '..' or links that "
+                           "lead out of it");
+}
+
+// The folder itself and its two files must lie beneath the root; *fd is the folder's.
+static enum status open_folder(const struct api *api, const char *path, int *fd,
+                               struct error *err) {
+    const char *root = api->setup.options->adapter_dir;
+    if (api->root < 0)
+        return error_set_param(err, STATUS_FORBIDDEN, "lora_path",
+                               "adapters can be loaded by path only when the server was started "
+                               "with --adapter-dir");
+    size_t length = strlen(root);
+    while (length && root[length - 1] == '/') length--;
+    if (strncmp(path, root, length) == 0 && path[length] == '/') path += length;
+    else if (*path == '/') return refuse_path(err, EXDEV);
+    while (*path == '/') path++;
+    *fd = open_beneath(api->root, path, O_PATH | O_DIRECTORY);
+    if (*fd < 0) return refuse_path(err, errno);
+    static const char *const files[] = {"adapter_config.json", "adapter_model.safetensors"};
+    for (int i = 0; i < 2; i++) {
+        char *file = mem_alloc(strlen(path) + strlen(files[i]) + 2);
+        sprintf(file, "%s/%s", path, files[i]);
+        int file_fd = open_beneath(api->root, file, O_PATH);
+        int error_number = errno;
+        free(file);
+        if (file_fd >= 0) close(file_fd);
+        else if (error_number != ENOENT) { // a missing file is adapter_load's to explain
+            close(*fd);
+            return refuse_path(err, error_number);
+        }
+    }
+    return STATUS_OK;
+}
+
+static enum status load_adapter(struct load *load, struct adapter **out) {
+    struct api *api = load->offload.api;
+    const struct lora_geometry *geometry = engine_lora_geometry(api->engine);
+    if (strncmp(load->path, "dummy:", 6) == 0) {
+        if (!api->setup.dummy)
+            return error_set_param(&load->err, STATUS_FORBIDDEN, "lora_path",
+                                   "dummy: adapters need --load-format dummy");
+        return adapter_load(geometry, load->name, load->path, out, &load->err);
+    }
+    int fd;
+    enum status status = open_folder(api, load->path, &fd, &load->err);
+    if (status) return status;
+    char folder[64];
+    snprintf(folder, sizeof folder, "/proc/self/fd/%d", fd);
+    status = adapter_load(geometry, load->name, folder, out, &load->err);
+    close(fd);
+    if (status) return status;
+    free((*out)->path); // not yet shared
+    (*out)->path = mem_strdup(load->path);
+    return STATUS_OK;
+}
+
+static void load_work(struct offload *offload) {
+    struct load *load = (struct load *)offload;
+    struct adapter *adapter = NULL;
+    load->err.status = load_adapter(load, &adapter);
+    registry_commit(offload->api->setup.registry, load->name, adapter);
+}
+
+static void load_done(struct offload *offload) {
+    struct load *load = (struct load *)offload;
+    struct connection *c = load->connection;
+    log_event(load->err.status ? LOG_WARN : LOG_INFO,
+              load->err.status ? "adapter_refused" : "adapter_loaded", "name=%s %s", load->name,
+              load->err.status ? load->err.text : "");
+    char text[512];
+    snprintf(text, sizeof text, "Success: LoRA adapter '%s' added successfully.", load->name);
+    if (c && load->err.status == STATUS_TOO_LARGE)
+        respond_refusal(c, 507, load->err.param, NULL, load->err.text);
+    else if (c && load->err.status) respond_error(c, &load->err);
+    else if (c) respond_text(c, 200, "text/plain", text);
+    free(load->name);
+    free(load->path);
+    free(load);
+}
+
+void handle_load_adapter(struct connection *c, const struct http_request *r, const char *tail) {
+    struct registry *registry = c->api->setup.registry;
+    struct error err = {0};
+    json_t *root = NULL;
+    const char *name = NULL, *path = NULL;
+    bool replace = false;
+    enum status status = body_parse(r->body, r->body_bytes, &root, &err);
+    if (!status) status = param_string(root, "lora_name", 1024, &name, &err);
+    if (!status) status = param_string(root, "lora_path", 4096, &path, &err);
+    if (!status) status = param_bool(root, "load_inplace", &replace, &err);
+    if (!status && (!name || !path || !*path))
+        status = error_set_param(&err, STATUS_INVALID, name ? "lora_path" : "lora_name",
+                                 "lora_name and lora_path are needed");
+    if (!status) status = registry_check_name(registry, name, &err);
+    if (!status) status = registry_begin(registry, name, replace, &err);
+    if (status) {
+        respond_error(c, &err);
+        json_decref(root);
+        return;
+    }
+    struct load *load = mem_zalloc(1, sizeof *load);
+    load->connection = c;
+    load->name = mem_strdup(name);
+    load->path = mem_strdup(path);
+    load->offload.work = load_work;
+    load->offload.done = load_done;
+    json_decref(root);
+    c->exchange = load;
+    c->gone = load_gone;
+    offload_start(c->api, &load->offload);
+}
+
+// ------------------------------------------------------------------ unloading
+
+void handle_unload_adapter(struct connection *c, const struct http_request *r, const char *tail) {
+    struct error err = {0};
+    json_t *root = NULL;
+    const char *name = NULL;
+    enum status status = body_parse(r->body, r->body_bytes, &root, &err);
+    if (!status) status = param_string(root, "lora_name", 1024, &name, &err);
+    if (!status && !name)
+        status = error_set_param(&err, STATUS_INVALID, "lora_name", "lora_name is needed");
+    if (!status) status = registry_remove(c->api->setup.registry, name, &err);
+    char text[512];
+    snprintf(text, sizeof text, "Success: LoRA adapter '%.200s' removed successfully.",
+             name ? name : "");
+    if (status) respond_error(c, &err);
+    else respond_text(c, 200, "text/plain", text);
+    json_decref(root);
+}
+
+void handle_adapter_delete(struct connection *c, const struct http_request *r, const char *tail) {
+    struct error err = {0};
+    if (registry_remove(c->api->setup.registry, tail, &err)) respond_error(c, &err);
+    else respond_json(c, 200, json_pack("{s:s,s:b}", "id", tail, "deleted", 1));
+}
