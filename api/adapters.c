@@ -157,7 +157,7 @@ static enum status load_adapter(struct load *load, struct adapter **out) {
                                    "dummy: adapters need --load-format dummy");
         return adapter_load(geometry, load->name, load->path, out, &load->err);
     }
-    int fd;
+    int fd = -1;
     enum status status = open_folder(api, load->path, &fd, &load->err);
     if (status) return status;
     char folder[64];

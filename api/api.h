@@ -11,7 +11,6 @@ struct api_setup {
     const struct model_config *config;
     const struct tokenizer *tokenizer; // NULL: prompts are token ids
     struct registry *registry;
-    struct metrics *metrics;
     const char *base_id;
     int context_max;
     bool dummy; // "dummy:" adapter sources may be loaded at run time
@@ -23,7 +22,7 @@ MUST_CHECK enum status api_create(const struct api_setup *setup, struct api **ou
                                   struct error *err);
 // engine_options.wake: any thread; context is the api.
 void api_wake(void *api);
-void api_set_engine(struct api *api, struct engine *engine); // before api_run
+void api_set_engine(struct api *api, struct engine *engine, struct metrics *metrics); // before run
 int api_port(const struct api *api);
 // Serves until SIGTERM or SIGINT has drained the engine; 0, or 1 when the device failed.
 int api_run(struct api *api);

@@ -15,6 +15,7 @@ struct keys; // api keys of one file
 struct api {
     struct api_setup setup;
     struct engine *engine;
+    struct metrics *metrics;
     uv_loop_t loop;
     uv_tcp_t listener;
     uv_async_t wake;

@@ -394,7 +394,7 @@ void handle_completions(struct connection *connection, const struct http_request
         respond_refusal(connection, 503, NULL, NULL, "the server is shutting down");
         return;
     }
-    if (atomic_load(&api->setup.metrics->waiting) >= api->setup.options->max_queue) {
+    if (atomic_load(&api->metrics->waiting) >= api->setup.options->max_queue) {
         respond_refusal(connection, 429, NULL, NULL, "the queue is full; try again later");
         return;
     }

@@ -206,7 +206,7 @@ static void on_wake(uv_async_t *async) {
     enum { EVENTS = 256 };
     struct engine_event events[EVENTS];
     int count;
-    while (api->engine && (count = engine_poll(api->engine, events, EVENTS)) > 0)
+    while ((count = engine_poll(api->engine, events, EVENTS)) > 0)
         for (int i = 0; i < count; i++) completion_event(&events[i]);
     for (struct connection *c = api->connections, *next; c; c = next) {
         next = c->next;
@@ -356,8 +356,9 @@ enum status api_create(const struct api_setup *setup, struct api **out, struct e
     return STATUS_OK;
 }
 
-void api_set_engine(struct api *api, struct engine *engine) {
+void api_set_engine(struct api *api, struct engine *engine, struct metrics *metrics) {
     api->engine = engine;
+    api->metrics = metrics;
 }
 
 int api_run(struct api *api) {

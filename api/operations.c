@@ -79,7 +79,7 @@ static void print_label(struct page *page, const char *text) {
 
 static void print_lora_info(struct page *page, const struct api *api) {
     char running[1024], waiting[1024];
-    metrics_names(api->setup.metrics, running, waiting);
+    metrics_names(api->metrics, running, waiting);
     print(page, "# TYPE vllm:lora_requests_info gauge\nvllm:lora_requests_info{max_lora=\"%d\","
           "running_lora_adapters=\"", api->setup.options->max_seqs);
     print_label(page, running);
@@ -100,7 +100,7 @@ static void print_pool(struct page *page, const struct metrics *m) {
 }
 
 void handle_metrics(struct connection *c, const struct http_request *r, const char *tail) {
-    struct metrics *m = c->api->setup.metrics;
+    struct metrics *m = c->api->metrics;
     struct page page = {0};
     value(&page, "vllm:num_requests_running", "gauge", atomic_load(&m->running));
     value(&page, "vllm:num_requests_waiting", "gauge", atomic_load(&m->waiting));
