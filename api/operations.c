@@ -40,7 +40,7 @@ __attribute__((format(printf, 2, 3))) static void print(struct page *page, const
         va_list list;
         va_start(list, format);
         size_t left = page->room - page->bytes;
-        int length = vsnprintf(page->text ? page->text + page->bytes : NULL, left, format, list);
+        int length = vsnprintf(page->text + page->bytes, left, format, list);
         va_end(list);
         if ((size_t)length < left) {
             page->bytes += (size_t)length;
@@ -101,7 +101,7 @@ static void print_pool(struct page *page, const struct metrics *m) {
 
 void handle_metrics(struct connection *c, const struct http_request *r, const char *tail) {
     struct metrics *m = c->api->metrics;
-    struct page page = {0};
+    struct page page = {.text = mem_alloc(16384), .room = 16384};
     value(&page, "vllm:num_requests_running", "gauge", atomic_load(&m->running));
     value(&page, "vllm:num_requests_waiting", "gauge", atomic_load(&m->waiting));
     print_pool(&page, m);
