@@ -6,6 +6,7 @@ BUILD ?= build
 PORT ?= 8000
 MODEL ?= demo/model
 ADAPTERS ?= demo/adapters
+NAME ?= $(if $(filter demo/model,$(MODEL)),lorad-demo,$(notdir $(MODEL)))
 CMAKE_FLAGS ?=
 VENV := $(BUILD)/venv
 C_FILES = git ls-files '*.c' '*.h' '*.cu' '*.cuh'
@@ -28,8 +29,9 @@ serve: setup $(BUILD)/build.ninja
 	@echo 'Once "listening on" is printed, ask from another terminal:'
 	@echo "  curl http://127.0.0.1:$(PORT)/v1/models"
 	@echo "  curl http://127.0.0.1:$(PORT)/v1/completions -H 'Content-Type: application/json' \\"
-	@echo "    -d '{\"model\":\"NAME FROM /v1/models\",\"prompt\":\"Hello\",\"max_tokens\":16}'"
-	exec $(BUILD)/lorad serve --model $(MODEL) --adapter-dir $(ADAPTERS) --port $(PORT)
+	@echo "    -d '{\"model\":\"kjv\",\"prompt\":\"In the\",\"max_tokens\":40}'"
+	exec $(BUILD)/lorad serve --model $(MODEL) --served-model-name $(NAME) \
+	    --adapter-dir $(ADAPTERS) --port $(PORT)
 
 # The Python clients that the end-to-end tests use; made once for each tests/requirements.txt.
 $(VENV)/ready: tests/requirements.txt | setup

@@ -55,6 +55,9 @@ void respond_error(struct connection *connection, const struct error *err);
 // With an explicit status; param and code may be NULL.
 void respond_refusal(struct connection *connection, int http_status, const char *param,
                      const char *code, const char *message);
+// The same with a further header line, ended by CRLF.
+void respond_refusal_with(struct connection *connection, int http_status, const char *header,
+                          const char *param, const char *code, const char *message);
 void respond_stream_begin(struct connection *connection);
 void respond_stream_data(struct connection *connection, json_t *event); // taken; one SSE event
 void respond_stream_end(struct connection *connection);                 // [DONE]

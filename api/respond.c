@@ -69,15 +69,20 @@ json_t *error_json(int http_status, const char *param, const char *code, const c
                      param && *param ? param : NULL, "code", code);
 }
 
+void respond_refusal_with(struct connection *c, int http_status, const char *header,
+                          const char *param, const char *code, const char *message) {
+    char *text = dump(error_json(http_status, param, code, message));
+    respond(c, http_status, "application/json", header, text, strlen(text));
+    free(text);
+}
+
 void respond_refusal(struct connection *c, int http_status, const char *param, const char *code,
                      const char *message) {
-    char extra[64] = "";
-    if (http_status == 429 || (http_status == 503 && c->api->engine))
-        snprintf(extra, sizeof extra, "Retry-After: %d\r\n",
+    char header[64] = "";
+    if (http_status == 429 || http_status == 503)
+        snprintf(header, sizeof header, "Retry-After: %d\r\n",
                  engine_retry_after_s(c->api->engine));
-    char *text = dump(error_json(http_status, param, code, message));
-    respond(c, http_status, "application/json", extra, text, strlen(text));
-    free(text);
+    respond_refusal_with(c, http_status, header, param, code, message);
 }
 
 int error_http_status(const struct error *err) {

@@ -52,13 +52,14 @@ static bool admitted(struct connection *c, const struct http_request *r, enum ac
 }
 
 static void refuse_method(struct connection *c, const char *path) {
-    char message[128] = "allowed here: ";
+    char allow[128] = "Allow: ";
     for (int i = 0; i < ROUTE_COUNT; i++)
         if (path_matches(&routes[i], path)) {
-            if (message[strlen(message) - 1] != ' ') strcat(message, ", ");
-            strcat(message, routes[i].method);
+            if (allow[strlen(allow) - 1] != ' ') strcat(allow, ", ");
+            strcat(allow, routes[i].method);
         }
-    respond_refusal(c, 405, NULL, NULL, message);
+    strcat(allow, "\r\n");
+    respond_refusal_with(c, 405, allow, NULL, NULL, "this path has other methods; see Allow");
 }
 
 void route(struct connection *c, const struct http_request *r) {
@@ -72,12 +73,6 @@ void route(struct connection *c, const struct http_request *r) {
         if (!admitted(c, r, route->access)) return;
         if (*r->content_encoding && strcasecmp(r->content_encoding, "identity") != 0) {
             respond_refusal(c, 415, NULL, NULL, "send the body without Content-Encoding");
-            return;
-        }
-        bool form = strncasecmp(r->content_type, "multipart/", 10) == 0 ||
-                    strncasecmp(r->content_type, "application/x-www", 17) == 0;
-        if (strcmp(method, "POST") == 0 && form) {
-            respond_refusal(c, 415, NULL, NULL, "send JSON (Content-Type: application/json)");
             return;
         }
         route->handle(c, r, route->prefix ? r->path + strlen(route->path) : "");
