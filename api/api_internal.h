@@ -39,7 +39,7 @@ struct connection {
     struct http_parser *parser;
     char *input; // bytes that came while answering
     size_t input_bytes, input_room;
-    bool answering, streaming, keep_alive, closing, ended;
+    bool answering, streaming, keep_alive, closing, ended, lingering;
     size_t queued_bytes; // written to libuv, not yet to the socket
     double active_s;     // last progress, or when this request's first byte came
     void *exchange;      // the handler's; told of the client's going by `gone`

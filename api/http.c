@@ -22,6 +22,7 @@ struct http_parser {
     struct buffer url, body, name, value;
     size_t header_bytes, extension_bytes;
     int headers, hosts, authorizations, content_types, lengths, encodings;
+    enum { SCAN_LINE, SCAN_LINE_BEGIN, SCAN_BODY } scan; // of raw bytes: see folded()
     bool begun, in_body, complete, expects, wants_continue, encoding_is_chunked;
     int status;
     const char *message;
@@ -99,8 +100,14 @@ static int host_ok(const char *host) {
     return *host != 0;
 }
 
+// llhttp lets a space through before the colon.
+static int name_ok(const char *name) {
+    return *name && !strpbrk(name, " \t");
+}
+
 static int header(struct http_parser *p, const char *name, const char *value) {
     struct http_request *r = &p->request;
+    if (!name_ok(name)) return refuse(p, 400, "a header's name holds a space");
     if (strcasecmp(name, "host") == 0) {
         p->hosts++;
         return host_ok(value) ? 0 : refuse(p, 400, "the Host header is not a host name");
@@ -281,11 +288,28 @@ static enum http_event bad(struct http_parser *p) {
     return HTTP_REFUSED;
 }
 
+// llhttp joins folded header lines (obs-fold); RFC 9112 5.2 lets a server refuse them.
+static bool folded(struct http_parser *p, const char *data, size_t bytes) {
+    for (size_t i = 0; i < bytes && p->scan != SCAN_BODY; i++) {
+        if (p->scan == SCAN_LINE_BEGIN && (data[i] == ' ' || data[i] == '\t')) return true;
+        if (p->scan == SCAN_LINE_BEGIN && data[i] == '\r') p->scan = SCAN_BODY;
+        else p->scan = data[i] == '\n' ? SCAN_LINE_BEGIN : SCAN_LINE;
+    }
+    return false;
+}
+
 enum http_event http_parser_feed(struct http_parser *p, const char *data, size_t bytes,
                                  size_t *used) {
     *used = bytes;
     if (p->status) return HTTP_REFUSED;
-    if (p->complete) p->complete = p->begun = false;
+    if (p->complete) {
+        p->complete = p->begun = false;
+        p->scan = SCAN_LINE;
+    }
+    if (folded(p, data, bytes)) {
+        (void)refuse(p, 400, "a header continues on a second line");
+        return HTTP_REFUSED;
+    }
     llhttp_errno_t result = llhttp_execute(&p->llhttp, data, bytes);
     if (result == HPE_OK) return HTTP_NEED_MORE;
     if (result != HPE_PAUSED) return bad(p);

@@ -24,6 +24,7 @@ enum {
     REQUEST_S_MAX = 30, // a request's bytes must have come by then
     IDLE_S_MAX = 75,
     STALL_S_MAX = 60, // a written byte must have left by then
+    LINGER_S_MAX = 2,
     SWEEP_MS = 200
 };
 
@@ -59,9 +60,22 @@ struct write {
     size_t bytes;
 };
 
-// Everything has been written and nothing more will come.
+static void on_shutdown(uv_shutdown_t *shutdown, int result) {
+    (void)result; // when it fails, reading ends too
+    free(shutdown);
+}
+
+// Everything has been written: our side is shut, and what the client still sends is read and
+// dropped for a while. Closing at once would reset the connection under an answer on its way.
 static void close_when_done(struct connection *c) {
-    if (!c->answering && !c->keep_alive && c->queued_bytes == 0) connection_close(c);
+    if (c->answering || c->keep_alive || c->queued_bytes || c->lingering || c->closing) return;
+    c->lingering = true;
+    c->active_s = clock_seconds();
+    uv_shutdown_t *shutdown = mem_zalloc(1, sizeof *shutdown);
+    if (c->ended || uv_shutdown(shutdown, (uv_stream_t *)&c->tcp, on_shutdown)) {
+        free(shutdown);
+        connection_close(c);
+    }
 }
 
 static void on_written(uv_write_t *uv, int result) {
@@ -107,7 +121,7 @@ static void refuse_request(struct connection *c) {
 
 // Parses what is in c->input until a request is under way or bytes run out.
 static void parse_input(struct connection *c) {
-    while (!c->closing && !c->answering && c->input_bytes) {
+    while (!c->closing && !c->answering && !c->lingering && c->input_bytes) {
         if (http_parser_idle(c->parser)) c->active_s = clock_seconds();
         size_t used;
         enum http_event event = http_parser_feed(c->parser, c->input, c->input_bytes, &used);
@@ -157,7 +171,8 @@ static void on_read(uv_stream_t *stream, ssize_t bytes, const uv_buf_t *buffer) 
     if (bytes == UV_EOF) { // a half-closed client still reads its answer
         c->ended = true;
         uv_read_stop(stream);
-        if (c->answering && c->streaming) connection_close(c);
+        if (c->lingering) connection_close(c);
+        else if (c->answering && c->streaming) connection_close(c);
         else if (c->answering) return;
         else if (http_parser_end(c->parser) == HTTP_REFUSED) refuse_request(c);
         else connection_close(c);
@@ -167,6 +182,7 @@ static void on_read(uv_stream_t *stream, ssize_t bytes, const uv_buf_t *buffer) 
         connection_close(c);
         return;
     }
+    if (c->lingering) return;
     c->input_bytes += (size_t)bytes;
     if (c->input_bytes > CONNECTION_INPUT_MAX) connection_close(c);
     else parse_input(c);
@@ -221,7 +237,9 @@ void api_wake(void *api) {
 static void time_out(struct connection *c, double now_s) {
     double quiet_s = now_s - c->active_s;
     if (c->closing) return;
-    if (c->queued_bytes) {
+    if (c->lingering) {
+        if (quiet_s > LINGER_S_MAX) connection_close(c);
+    } else if (c->queued_bytes) {
         if (quiet_s > STALL_S_MAX) connection_close(c);
     } else if (c->answering) {
         return; // the engine's business

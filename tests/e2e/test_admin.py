@@ -41,7 +41,7 @@ def test_bad_names(dummy, name):
 
 
 def test_bad_sources(dummy):
-    for source in ("dummy:rank=0", "dummy:rank=257,seed=1,modules=all", "dummy:modules=x", "dummy:"):
+    for source in ("dummy:rank=0", "dummy:rank=257,seed=1,modules=all", "dummy:modules=x"):
         assert load(dummy, "bad", source)[0] == 400, source
     assert load(dummy, "bad", "/etc")[0] == 403
     assert dummy.request("GET", "/v1/adapters/bad")[0] == 404
