@@ -16,7 +16,9 @@
 #include <string.h>
 
 enum {
-    PIECE_WORDS = 256,       // of k at a time: the panel takes 16 KiB
+    PIECE_WORDS = 64,        // of k at a time: 4 KiB, which is also how far ahead we prefetch
+    AHEAD_BYTES = 4096,
+    PANEL_WORDS_MAX = LORA_RANK_MAX, // of a panel: a piece of k in shrink, the rank in expand
     PACK_INLINE_MAX = 65536, // elements of x the caller packs alone
     GROUPS_AN_ITEM = 4,      // token groups of a shrink item
     CHUNKS_A_THREAD = 4,
@@ -32,50 +34,95 @@ struct image {
     const int32_t *pages;
 };
 
-// `count` elements from `first` on, as 4-byte words: in place when they lie in one page and fill
-// their words, else copied to `copy` and filled up with zero.
-static const uint32_t *image_read(const struct image *image, int64_t first, int count,
-                                  uint32_t *copy) {
+// Where an element of the image lies. Moving on costs no division.
+struct image_place {
+    size_t page, offset;
+};
+
+static struct image_place image_find(const struct image *image, int64_t element) {
+    size_t page_elems = image->b->shape.page_elems;
+    return (struct image_place){(size_t)element / page_elems, (size_t)element % page_elems};
+}
+
+static void image_advance(const struct image *image, struct image_place *place, size_t elements) {
+    size_t page_elems = image->b->shape.page_elems;
+    place->offset += elements;
+    for (; place->offset >= page_elems; place->offset -= page_elems) place->page++;
+}
+
+static const char *image_at(const struct image *image, const struct image_place *place) {
+    return cpu_page(image->b, image->layer, image->pages[place->page]) +
+           place->offset * image->b->shape.elem_bytes;
+}
+
+// `count` elements from `place` on: in place when they lie in one page and fill whole words, else
+// copied to `copy` and filled up with zero.
+static const char *image_read(const struct image *image, struct image_place place, size_t count,
+                              uint32_t *copy) {
     size_t page_elems = image->b->shape.page_elems, bytes = image->b->shape.elem_bytes;
-    size_t page = (size_t)first / page_elems, offset = (size_t)first % page_elems;
-    size_t total = (size_t)count * bytes;
-    const char *from = cpu_page(image->b, image->layer, image->pages[page]) + offset * bytes;
-    if (offset + (size_t)count <= page_elems && total % 4 == 0)
-        return (const uint32_t *)(const void *)from;
+    size_t total = count * bytes;
+    if (place.offset + count <= page_elems && total % 4 == 0) return image_at(image, &place);
     char *to = (char *)copy;
     memset(to + total / 4 * 4, 0, total % 4 ? 4 : 0);
-    for (size_t left = (size_t)count;;) {
-        size_t part = page_elems - offset < left ? page_elems - offset : left;
-        memcpy(to, from, part * bytes);
+    while (count > 0) {
+        size_t part = page_elems - place.offset < count ? page_elems - place.offset : count;
+        memcpy(to, image_at(image, &place), part * bytes);
         to += part * bytes;
-        left -= part;
-        if (left == 0) return copy;
-        page++;
-        offset = 0;
-        from = cpu_page(image->b, image->layer, image->pages[page]);
+        count -= part;
+        image_advance(image, &place, part);
     }
+    return (const char *)copy;
 }
 
 // What a thread holds while it makes panels.
 struct panel_scratch {
-    uint32_t copies[PANEL][PIECE_WORDS];
-    uint32_t words[PIECE_WORDS * PANEL];
+    uint32_t copies[PANEL][PANEL_WORDS_MAX];
+    uint32_t words[PANEL_WORDS_MAX * PANEL];
     float wide[EXPAND_PANEL_ROWS * PANEL]; // expand: panels in f32
     float v[LORA_RANK_MAX * TILE_ROWS_MAX + 2 * TILE_ROWS_MAX]; // expand: packed v
     float y[TILE_ROWS_MAX * TILE_PANELS_MAX * PANEL];           // expand: what is added to y
 };
 
 // Rows [row, row + rows) of a matrix with `columns` elements a row, elements
-// [at, at + count) of each -> scratch->words[n][PANEL].
+// [at, at + count) of each -> scratch->words[n][PANEL]. Whole rows that fill their words are one
+// piece of memory and are looked up once.
 static int make_panel(const struct image *image, struct panel_scratch *scratch, int64_t matrix,
                       int columns, int row, int rows, int at, int count) {
     const uint32_t *pieces[PANEL] = {NULL};
-    for (int i = 0; i < rows; i++)
-        pieces[i] = image_read(image, matrix + (int64_t)(row + i) * columns + at, count,
-                               scratch->copies[i]);
-    int n = (int)(((size_t)count * image->b->shape.elem_bytes + 3) / 4);
+    size_t row_bytes = (size_t)count * image->b->shape.elem_bytes;
+    struct image_place place = image_find(image, matrix + (int64_t)row * columns + at);
+    if (count == columns && row_bytes % 4 == 0) {
+        const char *from = image_read(image, place, (size_t)rows * (size_t)count,
+                                      scratch->copies[0]);
+        for (int i = 0; i < rows; i++)
+            pieces[i] = (const uint32_t *)(const void *)(from + (size_t)i * row_bytes);
+    } else {
+        for (int i = 0; i < rows; i++) {
+            pieces[i] = (const uint32_t *)(const void *)image_read(image, place, (size_t)count,
+                                                                   scratch->copies[i]);
+            if (i + 1 < rows) image_advance(image, &place, (size_t)columns);
+        }
+    }
+    int n = (int)((row_bytes + 3) / 4);
     image->b->kernels->transpose(scratch->words, pieces, n);
     return n;
+}
+
+// Asks for what make_panel with the same arguments will read. Panels are short runs in many places,
+// which the processor's own prefetcher does not foresee.
+static void prefetch_panel(const struct image *image, int64_t matrix, int columns, int row,
+                           int rows, int at, int count) {
+    size_t bytes = (size_t)count * image->b->shape.elem_bytes;
+    struct image_place place = image_find(image, matrix + (int64_t)row * columns + at);
+    if (count == columns) {
+        bytes *= (size_t)rows;
+        rows = 1;
+    }
+    for (int i = 0; i < rows; i++) {
+        const char *from = image_at(image, &place);
+        for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+        if (i + 1 < rows) image_advance(image, &place, (size_t)columns);
+    }
 }
 
 // ------------------------------------------------------------------ shrink
@@ -141,9 +188,12 @@ static void shrink_chunk(void *context, int chunk, int thread) {
     int rank = segment_rank(launch, item->segment, item->target);
     int64_t matrix = segment->a_offset[launch->target[item->target].module];
     int piece = PIECE_WORDS * (bf16 ? 2 : 1), row = LORA_TARGETS_MAX * LORA_RANK_MAX;
+    int ranks = min_int(PANEL, rank - item->rank_first);
     for (int at = 0; at < launch->in; at += piece) {
-        int words = make_panel(&image, scratch, matrix, launch->in, item->rank_first,
-                               min_int(PANEL, rank - item->rank_first), at,
+        int ahead = min_int(piece, launch->in - at - piece);
+        if (ahead > 0)
+            prefetch_panel(&image, matrix, launch->in, item->rank_first, ranks, at + piece, ahead);
+        int words = make_panel(&image, scratch, matrix, launch->in, item->rank_first, ranks, at,
                                min_int(piece, launch->in - at));
         for (int group = item->group_first; group < item->group_end; group++) {
             int rows = group_rows(&groups, group, segment->token_count);
@@ -226,20 +276,62 @@ struct expand_job {
     int columns[LORA_TARGETS_MAX];         // of a chunk, a multiple of PANEL
 };
 
-// y[segment's tokens, columns [first, end)] += weight * v B^T; end - first is at most what
-// EXPAND_PANEL_ROWS allows for the rank.
-static void expand_columns(const struct expand_job *job, struct panel_scratch *scratch, int s,
-                           int target, int first, int end) {
+// Columns [first, end) of one target for one segment: the unit that a thread works on.
+struct expand_part {
+    int segment, target, first, end;
+};
+
+// The part behind `part` in the chunk that ends at column chunk_end: more columns, or the next
+// segment from column chunk_first on. false: there is none. A part has at most as many columns as
+// EXPAND_PANEL_ROWS allows for its rank; part->segment == -1 stands before the first.
+static bool expand_next(const struct expand_job *job, int chunk_first, int chunk_end,
+                        struct expand_part *part) {
+    const struct lora_launch *launch = job->launch;
+    part->first = part->end;
+    if (part->segment < 0 || part->first == chunk_end) {
+        part->first = chunk_first;
+        do
+            if (++part->segment >= launch->segment_count) return false;
+        while (segment_rank(launch, part->segment, part->target) == 0 ||
+               launch->segments[part->segment].token_count == 0);
+    }
+    int rank = segment_rank(launch, part->segment, part->target);
+    int columns = max_int(1, EXPAND_PANEL_ROWS / (rank + (rank & 1))) * PANEL;
+    part->end = min_int(part->first + columns, chunk_end);
+    return true;
+}
+
+// Asks for panel `panel` of a part, as far as there is one.
+static void expand_prefetch(const struct expand_job *job, const struct expand_part *part,
+                            int panel) {
+    const struct lora_launch *launch = job->launch;
+    int column = part->first + panel * PANEL;
+    if (column >= part->end) return;
+    const struct lora_segment *segment = &launch->segments[part->segment];
+    struct image image = {job->b, launch->layer, segment->pages};
+    int rank = segment_rank(launch, part->segment, part->target);
+    prefetch_panel(&image, segment->b_offset[launch->target[part->target].module], rank, column,
+                   min_int(PANEL, part->end - column), 0, rank);
+}
+
+// y[segment's tokens, the part's columns] += weight * v B^T; meanwhile asks for what `next`, if any,
+// begins with.
+static void expand_columns(const struct expand_job *job, struct panel_scratch *scratch,
+                           const struct expand_part *part, const struct expand_part *next) {
     const struct lora_launch *launch = job->launch;
     const struct cpu_kernels *kernels = job->b->kernels;
-    const struct lora_segment *segment = &launch->segments[s];
+    const struct lora_segment *segment = &launch->segments[part->segment];
     struct image image = {job->b, launch->layer, segment->pages};
-    int rank = segment_rank(launch, s, target), row = LORA_TARGETS_MAX * LORA_RANK_MAX;
+    int target = part->target, first = part->first, end = part->end;
+    int rank = segment_rank(launch, part->segment, target), row = LORA_TARGETS_MAX * LORA_RANK_MAX;
     int panels = (end - first + PANEL - 1) / PANEL, rank_even = rank + (rank & 1);
     size_t panel_elements = (size_t)rank_even * PANEL;
     int64_t matrix = segment->b_offset[launch->target[target].module];
+    int ahead = max_int(1, AHEAD_BYTES / (int)(panel_elements * job->b->shape.elem_bytes));
     for (int p = 0; p < panels; p++) {
         int column = first + p * PANEL;
+        if (p + ahead < panels) expand_prefetch(job, part, p + ahead);
+        else if (next) expand_prefetch(job, next, p + ahead - max_int(panels, ahead));
         int words = make_panel(&image, scratch, matrix, rank, column,
                                min_int(PANEL, end - column), 0, rank);
         float *wide = scratch->wide + (size_t)p * panel_elements;
@@ -280,12 +372,11 @@ static void expand_chunk(void *context, int chunk, int thread) {
     while (chunk >= job->chunk_first[target + 1]) target++;
     int first = (chunk - job->chunk_first[target]) * job->columns[target];
     int end = min_int(first + job->columns[target], launch->target[target].out);
-    for (int s = 0; s < launch->segment_count; s++) {
-        int rank = segment_rank(launch, s, target);
-        if (rank == 0 || launch->segments[s].token_count == 0) continue;
-        int step = max_int(1, EXPAND_PANEL_ROWS / (rank + (rank & 1))) * PANEL;
-        for (int column = first; column < end; column += step)
-            expand_columns(job, scratch, s, target, column, min_int(column + step, end));
+    struct expand_part part = {.segment = -1, .target = target}, next;
+    for (bool more = expand_next(job, first, end, &part); more; part = next) {
+        next = part;
+        more = expand_next(job, first, end, &next);
+        expand_columns(job, scratch, &part, more ? &next : NULL);
     }
 }
 

@@ -6,6 +6,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if VECTOR_WIDTH == 16
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -47,10 +50,18 @@ INLINE vf vf_set(float s) {
 }
 
 // The first n < VECTOR_WIDTH elements, the rest zero.
-INLINE vf vf_load_part(const float *p, int n) {
-    vf v = {0};
-    memcpy(&v, p, (size_t)n * sizeof(float));
+INLINE vu vu_load_part(const uint32_t *p, int n) {
+#if VECTOR_WIDTH == 16
+    return (vu)_mm512_maskz_loadu_epi32((__mmask16)((1u << n) - 1), p);
+#else
+    vu v = {0};
+    memcpy(&v, p, (size_t)n * sizeof *p);
     return v;
+#endif
+}
+
+INLINE vf vf_load_part(const float *p, int n) {
+    return (vf)vu_load_part((const uint32_t *)(const void *)p, n);
 }
 
 INLINE void vf_store_part(float *p, vf v, int n) {
