@@ -67,7 +67,8 @@ void *cpu_thread_scratch(struct backend *b, int thread) {
 struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows) {
     VERIFY_OP(rows, >, 0);
     struct row_groups groups;
-    int count = (rows + kernels->tile_rows_max - 1) / kernels->tile_rows_max;
+    int height = rows > kernels->tile_rows_max ? kernels->tile_rows_many : kernels->tile_rows_max;
+    int count = (rows + height - 1) / height;
     groups.rows = (rows + count - 1) / count;
     groups.count = (rows + groups.rows - 1) / groups.rows;
     groups.padded = kernels->tile_rows[groups.rows];

@@ -35,6 +35,7 @@ struct cpu_tile {
 struct cpu_kernels {
     const char *name;
     int tile_rows_max;
+    int tile_rows_many;         // the height for more rows than that: best per multiplication
     const uint8_t *tile_rows;   // [rows] -> rows the tile computes (and x is packed for)
     const uint8_t *tile_panels; // [rows] -> panels it can take at once: 1, 2 or 4
     bool packs_pairs;           // pack_bf16 makes bf16 pairs; else f32 values rounded to bf16

@@ -108,6 +108,7 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
 }
 
 #if VECTOR_WIDTH == 16
+enum { TILE_ROWS_MANY = 14 }; // by two panels: 16 loads for 28 multiplications
 // R * C <= 28 accumulators of 32 registers.
 #define TILE_LIST(X)                                                                               \
     X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(2, 4) X(3, 1) X(3, 2) X(3, 4) X(4, 1) X(4, 2)        \
@@ -118,11 +119,13 @@ static const uint8_t tile_rows[] = {0,  1,  2,  3,  4,  6,  6,  8,  8,  12, 12, 
 static const uint8_t tile_panels[] = {0, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2,
                                       1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 #elif VECTOR_WIDTH == 8
+enum { TILE_ROWS_MANY = 6 };
 #define TILE_LIST(X)                                                                               \
     X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 static const uint8_t tile_rows[] = {0, 1, 2, 3, 4, 5, 6};
 static const uint8_t tile_panels[] = {0, 4, 2, 2, 1, 1, 1};
 #else
+enum { TILE_ROWS_MANY = 3 };
 #define TILE_LIST(X) X(1, 1) X(1, 2) X(2, 1) X(3, 1)
 static const uint8_t tile_rows[] = {0, 1, 2, 3};
 static const uint8_t tile_panels[] = {0, 2, 1, 1};
@@ -358,6 +361,7 @@ static void scale_add(float *y, float y_scale, const float *x, float x_scale, in
 const struct cpu_kernels KERNELS = {
     .name = KERNELS_NAME,
     .tile_rows_max = sizeof tile_rows - 1,
+    .tile_rows_many = TILE_ROWS_MANY,
     .tile_rows = tile_rows,
     .tile_panels = tile_panels,
     .packs_pairs = KERNELS_BF16,

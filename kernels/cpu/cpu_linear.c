@@ -197,6 +197,7 @@ static void block_panels(void *context, int chunk, int thread) {
     const struct linear_job *job = context;
     const struct linear *l = job->linear;
     int first = chunk * BLOCK_PANELS, end = min_int(first + BLOCK_PANELS, l->panels);
+    int at_once = min_int(2, job->b->kernels->tile_panels[job->groups.padded]);
     if (end * PANEL > l->out) { // the partial panel has no room in y between pieces
         end--;
         for (int group = 0; group < job->groups.count; group++)
@@ -204,8 +205,10 @@ static void block_panels(void *context, int chunk, int thread) {
     }
     for (int at = 0; at < l->words; at += PIECE_WORDS)
         for (int group = 0; group < job->groups.count; group++)
-            for (int panel = first; panel < end; panel++)
-                multiply(job, group, panel, 1, at, min_int(PIECE_WORDS, l->words - at));
+            for (int panel = first, step; panel < end; panel += step) {
+                step = min_int(at_once, end - panel);
+                multiply(job, group, panel, step, at, min_int(PIECE_WORDS, l->words - at));
+            }
 }
 
 void cpu_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
