@@ -1,0 +1,152 @@
+// One step under lorad's own scheduler: the parts of engine_step.c (plan, admit, find pages,
+// compute) around the same sched_plan, pool and residency, with time from the cost model.
+//
+// A cold adapter is copied beside the running steps unless `load_blocks`: whose copy is under way
+// is not shown to the scheduler until it is complete, so that it holds back nobody. Copies begin
+// for the first `prefetch` waiting requests, as far as all of those fit without eviction of each
+// other; otherwise when the scheduler would admit the request.
+#include "sim/sim_internal.h"
+
+#include "base/verify.h"
+
+#include <limits.h>
+#include <math.h>
+
+enum { WINDOW = 64, PASSES_MAX = 32 }; // as engine_step.c has them
+static const double PREFETCH_AHEAD_S = 0.05; // of copies queued: about a step
+
+static bool arriving(const struct sim *sim, const struct sched_item *item) {
+    if (sim->options->load_blocks || item->adapter_count == 0) return false;
+    const struct sim_adapter *adapter = sim_adapter_of(sim_sequence_of((struct sched_item *)item));
+    return adapter->adapter.resident && adapter->ready_s > sim->now_s;
+}
+
+// The first waiting requests' adapters become the latest used, so that none of them is evicted for
+// another; then the missing ones are copied while room and the bus allow.
+static void prefetch(struct sim *sim) {
+    if (sim->options->load_blocks) return;
+    struct pool_counts counts = pool_counts(sim->pool);
+    int room = counts.of[PAGE_FREE] + counts.of[PAGE_CACHED];
+    for (int pass = 0; pass < 2; pass++)
+        for (int i = 0; i < sim->waiting_count && i < sim->options->prefetch; i++) {
+            if (sim->waiting[i]->adapter_count == 0) continue;
+            struct sim_adapter *adapter = sim_adapter_of(sim_sequence_of(sim->waiting[i]));
+            bool there = atomic_load(&adapter->adapter.resident);
+            if (adapter->adapter.running > 0 || there != (pass == 0)) continue;
+            if (pass == 1 && sim->copy_free_s > sim->now_s + PREFETCH_AHEAD_S) return;
+            room -= adapter->adapter.page_count;
+            if (room < 0 || !sim_acquire(sim, adapter)) return;
+            residency_release(sim->residency, &adapter->adapter, sim->now_s);
+        }
+}
+
+static int list_eligible(struct sim *sim) {
+    int count = 0;
+    for (int i = 0; i < sim->waiting_count && count < WINDOW; i++)
+        if (!arriving(sim, sim->waiting[i])) sim->eligible[count++] = sim->waiting[i];
+    return count;
+}
+
+static struct sched_plan plan(struct sim *sim) {
+    struct sched_limits limits = {.step_tokens_max = sim->options->step_tokens_max,
+                                  .sequences_max = sim->options->sequences_max,
+                                  .rows_max = sim->options->sequences_max,
+                                  .page_count = sim->page_count,
+                                  .adapter_pages = pool_counts(sim->pool).of[PAGE_ADAPTER],
+                                  .passes_max = PASSES_MAX,
+                                  .window = WINDOW};
+    int eligible = list_eligible(sim);
+    return sched_plan(sim->running, sim->running_count, sim->eligible, eligible, &limits,
+                      sim->scratch);
+}
+
+// Those whose adapter is not there begin its copy and wait for it, unless copies block.
+static void admit(struct sim *sim, int admitted) {
+    for (int i = 0; admitted > 0;) {
+        VERIFY_OP(i, <, sim->waiting_count);
+        struct sim_sequence *sequence = sim_sequence_of(sim->waiting[i]);
+        bool start = sequence->item.admit;
+        admitted -= start;
+        sequence->item.admit = false;
+        if (start && sequence->item.adapter_count > 0) {
+            struct sim_adapter *adapter = sim_adapter_of(sequence);
+            start = sim_acquire(sim, adapter);
+            if (start && arriving(sim, &sequence->item)) {
+                residency_release(sim->residency, &adapter->adapter, sim->now_s);
+                start = false;
+            }
+        }
+        if (start) sim_start(sim, i);
+        else {
+            sequence->item.planned = 0;
+            i++;
+        }
+    }
+}
+
+static int newest_running(const struct sim *sim) {
+    int newest = 0;
+    for (int i = 1; i < sim->running_count; i++)
+        if (sched_before(sim->running[newest], sim->running[i])) newest = i;
+    return newest;
+}
+
+static void find_pages(struct sim *sim) {
+    for (int i = 0; i < sim->running_count;) {
+        struct sched_item *item = sim->running[i];
+        if (item->planned == 0 ||
+            sim_take_pages(sim, sim_sequence_of(item), item->tokens_cached + item->planned)) {
+            i++;
+            continue;
+        }
+        VERIFY_OP(sim->running_count, >, 1); // alone, everyone fits
+        int victim = newest_running(sim);
+        sim_preempt(sim, victim);
+        if (victim < i) i--; // the list closes up behind the victim
+    }
+}
+
+static void compute(struct sim *sim) {
+    struct sim_step step = {.modules = sim->options->modules};
+    double ready_s = sim->now_s;
+    for (int i = 0; i < sim->running_count; i++) {
+        struct sim_sequence *sequence = sim_sequence_of(sim->running[i]);
+        if (sequence->item.planned == 0) continue;
+        sequence->item.last_step = sim->step + 1;
+        sim_step_add(sim, &step, sequence, sequence->item.planned);
+        if (sequence->item.adapter_count > 0)
+            ready_s = fmax(ready_s, sim_adapter_of(sequence)->ready_s);
+    }
+    if (step.tokens == 0) return; // everyone admitted waits for a copy
+    sim_step_pass(sim, &step, ready_s);
+    for (int i = 0; i < sim->running_count;) {
+        struct sched_item *item = sim->running[i];
+        int planned = item->planned, before = sim->running_count;
+        item->planned = 0;
+        if (planned > 0) sim_advance(sim, sim_sequence_of(item), planned);
+        i += sim->running_count == before;
+    }
+    if (!sim->options->keep_idle) (void)residency_evict(sim->residency, INT_MAX);
+}
+
+// Nobody runs and all who wait are waiting for copies: to the end of the first.
+static void sleep_until_copied(struct sim *sim) {
+    double until_s = INFINITY;
+    for (int i = 0; i < sim->waiting_count; i++)
+        if (arriving(sim, sim->waiting[i]))
+            until_s = fmin(until_s, sim_adapter_of(sim_sequence_of(sim->waiting[i]))->ready_s);
+    VERIFY(isfinite(until_s));
+    sim->now_s = until_s;
+}
+
+void sim_lorad_step(struct sim *sim) {
+    prefetch(sim);
+    struct sched_plan planned = plan(sim);
+    admit(sim, planned.admitted);
+    if (sim->running_count == 0) {
+        sleep_until_copied(sim);
+        return;
+    }
+    find_pages(sim);
+    compute(sim);
+}

@@ -1,0 +1,149 @@
+// The published rows of S-LoRA on an A100-80G (its repository, benchmarks/paper/synthetic/slora/
+// synthetic_num_adapters_a100-80_S*_slora_table.jsonl), the fit of the engine "slora" to two of
+// them, and the table of all against the simulation. docs/simulator.md reads the table.
+#include "sim/sim_report.h"
+
+#include <math.h>
+#include <stddef.h>
+
+struct row {
+    const char *workload;
+    int adapters;
+    double requests_per_s, ttft_s, latency_s; // published
+    bool fitted;
+};
+
+static const struct row rows[] = {
+    {"S1", 5, 8.046, 0.599, 20.84, true},     {"S1", 100, 7.992, 0.619, 21.61, false},
+    {"S1", 1000, 7.641, 1.898, 25.93, false}, {"S1", 2000, 7.607, 2.019, 26.22, false},
+    {"S2", 5, 7.485, 2.661, 29.12, false},    {"S2", 100, 7.290, 4.212, 30.74, false},
+    {"S2", 1000, 6.693, 10.544, 38.10, false}, {"S2", 2000, 6.727, 10.652, 37.85, false},
+    {"S4", 2, 4.491, 50.538, 79.99, true},    {"S4", 5, 4.430, 54.809, 82.15, false},
+    {"S4", 100, 4.283, 58.556, 84.73, false}, {"S4", 1000, 3.903, 72.070, 98.11, false},
+};
+enum { ROWS = sizeof rows / sizeof *rows };
+
+static const double WITHIN = 0.15;
+
+static enum status run_row(const struct row *row, enum sim_policy policy,
+                           const struct sim_engine *engine, struct sim_options *options,
+                           struct sim_result *result, struct error *err) {
+    sim_options_default(options);
+    if (!sim_workload(options, row->workload))
+        return error_set(err, STATUS_INVALID, "no workload %s", row->workload);
+    options->policy = policy;
+    options->load_blocks = policy == SIM_SLORA;
+    options->engine = *engine;
+    options->trace.adapters = row->adapters;
+    return sim_run(options, result, err);
+}
+
+static double off(double simulated, double published) {
+    return (simulated - published) / published;
+}
+
+static json_t *row_json(const struct row *row, const struct sim_result *slora,
+                        const struct sim_result *lorad) {
+    return json_pack(
+        "{s:s, s:i, s:b, s:{s:f, s:f, s:f}, s:{s:f, s:f, s:f, s:f, s:f, s:I},"
+        " s:{s:f, s:f, s:f, s:f, s:f, s:I}}",
+        "workload", row->workload, "adapters", row->adapters, "fitted", row->fitted, "published",
+        "requests_per_s", row->requests_per_s, "ttft_mean_s", row->ttft_s, "latency_mean_s",
+        row->latency_s, "slora_policy", "requests_per_s", slora->requests_per_s, "ttft_mean_s",
+        slora->ttft_mean_s, "latency_mean_s", slora->latency_mean_s, "slo_attained",
+        slora->slo_attained, "hit_rate", slora->hit_rate, "loads", (json_int_t)slora->loads,
+        "lorad_policy", "requests_per_s", lorad->requests_per_s, "ttft_mean_s",
+        lorad->ttft_mean_s, "latency_mean_s", lorad->latency_mean_s, "slo_attained",
+        lorad->slo_attained, "hit_rate", lorad->hit_rate, "loads", (json_int_t)lorad->loads);
+}
+
+static void print_row(FILE *out, const struct row *row, const struct sim_result *slora,
+                      const struct sim_result *lorad) {
+    fprintf(out, "%s %5d  %5.2f %5.2f %+6.1f%%%s  %6.2f %6.2f  %6.2f %6.2f %+6.1f%% |  %5.2f %6.2f "
+                 "%6.2f\n",
+            row->workload, row->adapters, row->requests_per_s, slora->requests_per_s,
+            100 * off(slora->requests_per_s, row->requests_per_s), row->fitted ? "*" : " ",
+            row->ttft_s, slora->ttft_mean_s, row->latency_s, slora->latency_mean_s,
+            100 * off(slora->latency_mean_s, row->latency_s), lorad->requests_per_s,
+            lorad->ttft_mean_s, lorad->latency_mean_s);
+}
+
+enum status sim_reproduce(FILE *out, const char *json_path, bool *within, struct error *err) {
+    static struct sim_result slora[ROWS], lorad[ROWS];
+    const struct sim_engine *engine = sim_engine_find("slora");
+    json_t *list = json_array();
+    struct sim_options options;
+    enum status status = STATUS_OK;
+    double largest = 0;
+    fprintf(out, "Simulation, not measurement. A100-80G, 10 req/s offered for 120 s; published | "
+                 "simulated.\n* fitted (latency of S1 n=5, throughput of S4 n=2); all else is "
+                 "predicted.\n"
+                 "             req/s               first token s   latency s              "
+                 "| ours: req/s, first token, latency\n"
+                 "        n   publ.  sim.     off   publ.   sim.   publ.   sim.    off\n");
+    for (int i = 0; i < ROWS && status == STATUS_OK; i++) {
+        status = run_row(&rows[i], SIM_SLORA, engine, &options, &slora[i], err);
+        if (status == STATUS_OK)
+            status = run_row(&rows[i], SIM_LORAD, engine, &options, &lorad[i], err);
+        if (status != STATUS_OK) break;
+        print_row(out, &rows[i], &slora[i], &lorad[i]);
+        json_array_append_new(list, row_json(&rows[i], &slora[i], &lorad[i]));
+        if (!rows[i].fitted)
+            largest = fmax(largest, fabs(off(slora[i].requests_per_s, rows[i].requests_per_s)));
+    }
+    *within = status == STATUS_OK && largest <= WITHIN;
+    if (status == STATUS_OK) {
+        fprintf(out, "largest error of a predicted throughput: %.1f%% (goal: %.0f%%)\n",
+                100 * largest, 100 * WITHIN);
+        fprintf(out, "S1 from 5 to 2000 adapters: published %+.1f%%, S-LoRA's policy simulated "
+                     "%+.1f%%, ours %+.1f%%\n",
+                100 * off(rows[3].requests_per_s, rows[0].requests_per_s),
+                100 * off(slora[3].requests_per_s, slora[0].requests_per_s),
+                100 * off(lorad[3].requests_per_s, lorad[0].requests_per_s));
+    }
+    if (status == STATUS_OK && json_path) {
+        json_t *value = json_pack("{s:s, s:s, s:f, s:O}", "kind", "simulation, not a measurement",
+                                  "command", "lorad-sim --reproduce slora",
+                                  "largest_predicted_throughput_error", largest, "rows", list);
+        status = sim_write_json(json_path, value, err);
+        json_decref(value);
+    }
+    json_decref(list);
+    return status;
+}
+
+// Squared relative errors of the two fitted figures.
+static enum status fit_error(const struct sim_engine *engine, double *error, struct error *err) {
+    struct sim_options options;
+    static struct sim_result result;
+    *error = 0;
+    for (int i = 0; i < ROWS; i++) {
+        if (!rows[i].fitted) continue;
+        enum status status = run_row(&rows[i], SIM_SLORA, engine, &options, &result, err);
+        if (status != STATUS_OK) return status;
+        double miss = i == 0 ? off(result.latency_mean_s, rows[i].latency_s)
+                             : off(result.requests_per_s, rows[i].requests_per_s);
+        *error += miss * miss;
+    }
+    return STATUS_OK;
+}
+
+enum status sim_fit(FILE *out, struct error *err) {
+    struct sim_engine engine = *sim_engine_find("slora"), best = engine;
+    double best_error = INFINITY;
+    for (int percent = 20; percent <= 100; percent += 2)
+        for (int ms = 0; ms <= 60; ms += 2) {
+            double error;
+            engine.efficiency = percent / 100.0;
+            engine.step_s = ms / 1000.0;
+            enum status status = fit_error(&engine, &error, err);
+            if (status != STATUS_OK) return status;
+            if (error < best_error) {
+                best_error = error;
+                best = engine;
+            }
+        }
+    fprintf(out, "efficiency %.2f, step %.0f ms: root of squared relative errors %.4f\n",
+            best.efficiency, 1e3 * best.step_s, sqrt(best_error));
+    return STATUS_OK;
+}
