@@ -53,7 +53,7 @@ format:
 
 lint: $(BUILD)/build.ninja
 	tools/check_includes.sh .
-	$(C_FILES) | grep -E '^(api|base|kernels|pager|server)/.*\.c$$' | \
+	$(C_FILES) | grep -E '^(api|base|kernels|pager|server|sim)/.*\.c$$' | \
 	    xargs -n 8 -P "$$(nproc)" clang-tidy --quiet -p $(BUILD)
 
 clean:

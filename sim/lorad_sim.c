@@ -17,6 +17,8 @@ static const char help_text[] =
     "  --engine NAME      slora (as fitted) or roofline (the hardware's bound) [slora]\n"
     "  --efficiency X     of bandwidth and flops in base matmuls and attention, instead\n"
     "  --step-ms X        fixed time of a step, instead\n"
+    "  --load-layer-us X  fixed time of each layer of an adapter's copy, instead\n"
+    "  --lora-reads HOW   decode reads an adapter once a token or once a step, instead\n"
     "  --policy NAME      lorad or slora [lorad]\n"
     "  --adapters N       0 to 1000000 [100]\n"
     "  --ranks A,B,..     adapter i has rank number i mod count\n"
@@ -28,17 +30,17 @@ static const char help_text[] =
     "  --max-seqs N       sequences that run at once [1000]\n"
     "  --step-tokens N    lorad: tokens in a step [2048]\n"
     "  --load WAY         async (copied beside the steps) or blocking [async; slora: blocking]\n"
-    "  --prefetch N       lorad: waiting requests whose adapters are copied ahead [16]\n"
+    "  --prefetch N       lorad: waiting requests whose adapters are copied ahead [0]\n"
     "  --discard          lorad: drop idle adapters after each step, as S-LoRA does\n"
     "  --slo S            first token within [6]\n"
     "  --early-abort      drop who waits when wait + 0.5 s reaches the SLO\n"
     "  --json FILE --csv FILE --svg FILE    the result; pages by owner over time\n"
     "  --check            walk every page in every step\n"
     "  --reproduce slora  S-LoRA's published rows: published, simulated, and our policy\n"
-    "  --fit              search the fitted constants again (minutes)\n"
+    "  --fit              search the fitted constants again (half a minute)\n"
     "  --help\n";
 
-enum { OPT_WORKLOAD = 256, OPT_MODEL, OPT_DEVICE, OPT_ENGINE, OPT_EFFICIENCY, OPT_STEP_MS,
+enum { OPT_WORKLOAD = 256, OPT_MODEL, OPT_DEVICE, OPT_ENGINE, OPT_EFFICIENCY, OPT_STEP_MS, OPT_LOAD_LAYER, OPT_LORA_READS,
        OPT_POLICY, OPT_ADAPTERS, OPT_RANKS, OPT_MODULES, OPT_RATE, OPT_CV, OPT_ALPHA, OPT_DURATION,
        OPT_SEED, OPT_INPUT, OPT_OUTPUT, OPT_POOL, OPT_SEQS, OPT_STEP_TOKENS, OPT_LOAD,
        OPT_PREFETCH, OPT_DISCARD, OPT_SLO, OPT_ABORT, OPT_JSON, OPT_CSV, OPT_SVG, OPT_CHECK,
@@ -48,6 +50,7 @@ static const struct option longs[] = {
     {"workload", 1, NULL, OPT_WORKLOAD}, {"model", 1, NULL, OPT_MODEL},
     {"device", 1, NULL, OPT_DEVICE}, {"engine", 1, NULL, OPT_ENGINE},
     {"efficiency", 1, NULL, OPT_EFFICIENCY}, {"step-ms", 1, NULL, OPT_STEP_MS},
+    {"load-layer-us", 1, NULL, OPT_LOAD_LAYER}, {"lora-reads", 1, NULL, OPT_LORA_READS},
     {"policy", 1, NULL, OPT_POLICY}, {"adapters", 1, NULL, OPT_ADAPTERS},
     {"ranks", 1, NULL, OPT_RANKS}, {"modules", 1, NULL, OPT_MODULES}, {"rate", 1, NULL, OPT_RATE},
     {"cv", 1, NULL, OPT_CV}, {"alpha", 1, NULL, OPT_ALPHA}, {"duration", 1, NULL, OPT_DURATION},
@@ -138,7 +141,7 @@ static bool apply_server(struct command *command, int option, const char *value)
     struct sim_options *sim = &command->sim;
     const struct sim_engine *engine;
     bool slora;
-    double ms;
+    double ms; // or microseconds, as the option says
     switch (option) {
     case OPT_WORKLOAD: return sim_workload(sim, value);
     case OPT_MODEL:
@@ -158,6 +161,11 @@ static bool apply_server(struct command *command, int option, const char *value)
         if (!parse_double(value, 0, 1e4, &ms)) return false;
         sim->engine.step_s = ms / 1e3;
         return true;
+    case OPT_LOAD_LAYER:
+        if (!parse_double(value, 0, 1e6, &ms)) return false;
+        sim->engine.load_layer_s = ms / 1e6;
+        return true;
+    case OPT_LORA_READS: return parse_name(value, "step", "token", &sim->engine.lora_per_token);
     case OPT_POLICY:
         if (!parse_name(value, "lorad", "slora", &slora)) return false;
         sim->policy = slora ? SIM_SLORA : SIM_LORAD;

@@ -12,12 +12,13 @@ static const struct sim_model models[] = {
 };
 
 // A100 SXM 80 GB, H100 SXM, H200 SXM data sheets (dense bf16); copies at 80% of PCIe 4.0 x16 and
-// 5.0 x16. `cpu`: a Zen 4 machine with two cores, as measured; its copy is memory to memory.
+// 5.0 x16. `cpu`: a Zen 4 machine with two cores, as measured; its copy,
+// memory to memory, is a guess.
 static const struct sim_device devices[] = {
     {"a100-80g", 2039e9, 312e12, 80e9, 25e9},
     {"h100", 3350e9, 989e12, 80e9, 50e9},
     {"h200", 4800e9, 989e12, 141e9, 50e9},
-    {"cpu", 32.7e9, 448e9, 8e9, 10e9},
+    {"cpu", 32.7e9, 448e9, 24e9, 10e9},
 };
 
 // roofline: the bound of the hardware. slora: docs/simulator.md says which constants are fitted.
@@ -30,7 +31,7 @@ static const struct sim_engine engines[] = {
      .lora_op_s = 60.7e-6,
      .lora_per_token = true,
      .load_copies = 2,
-     .load_layer_s = 80e-6},
+     .load_layer_s = 420e-6},
 };
 
 #define COUNT(table) (sizeof(table) / sizeof *(table))
@@ -75,7 +76,9 @@ static double head_weights(const struct sim_model *model) {
 }
 
 double sim_weight_bytes(const struct sim_model *model) {
-    return (layer_weights(model) * model->layers + head_weights(model)) * model->elem_bytes;
+    double gains = (2.0 * model->layers + 1) * model->hidden; // of the norms
+    return (layer_weights(model) * model->layers + head_weights(model) + gains) *
+           model->elem_bytes;
 }
 
 double sim_kv_bytes(const struct sim_model *model) {

@@ -24,6 +24,7 @@ struct sim_sequence {
     const struct trace_request *request;
     struct adapter *adapter[1]; // what item.adapters points to
     enum sim_state state;
+    bool holds; // while it waits: its adapter, whose copy was begun for it
     int32_t *pages; // taken when first admitted, kept until its end
     int page_count, pages_max;
     int generated;

@@ -60,7 +60,8 @@ static struct sched_plan plan(struct sim *sim) {
                       sim->scratch);
 }
 
-// Those whose adapter is not there begin its copy and wait for it, unless copies block.
+// Those whose adapter is not there begin its copy and wait for it, unless copies block. They hold
+// it, so that nobody evicts it on its way.
 static void admit(struct sim *sim, int admitted) {
     for (int i = 0; admitted > 0;) {
         VERIFY_OP(i, <, sim->waiting_count);
@@ -70,11 +71,9 @@ static void admit(struct sim *sim, int admitted) {
         sequence->item.admit = false;
         if (start && sequence->item.adapter_count > 0) {
             struct sim_adapter *adapter = sim_adapter_of(sequence);
-            start = sim_acquire(sim, adapter);
-            if (start && arriving(sim, &sequence->item)) {
-                residency_release(sim->residency, &adapter->adapter, sim->now_s);
-                start = false;
-            }
+            if (!sequence->holds) sequence->holds = sim_acquire(sim, adapter);
+            start = sequence->holds && !arriving(sim, &sequence->item);
+            if (start) sequence->holds = false; // as a running one it is counted from now on
         }
         if (start) sim_start(sim, i);
         else {

@@ -10,7 +10,7 @@ void sim_options_default(struct sim_options *options) {
                                     .modules = SIM_QKVO,
                                     .sequences_max = 1000,
                                     .step_tokens_max = 2048,
-                                    .prefetch = 16,
+                                    .prefetch = 0,
                                     .keep_idle = true,
                                     .slo_s = 6};
     (void)sim_workload(options, "S1");

@@ -21,7 +21,7 @@ MUST_CHECK enum status sim_write_svg(const char *path, const struct sim_result *
 // them to `json_path` unless NULL. `within`: out, no predicted throughput was off by more than 15%.
 MUST_CHECK enum status sim_reproduce(FILE *out, const char *json_path, bool *within,
                                      struct error *err);
-// The two constants of the engine "slora" by search over the fitted rows; prints the best.
+// The three constants of the engine "slora" by search over the fitted rows; prints the best.
 MUST_CHECK enum status sim_fit(FILE *out, struct error *err);
 
 #endif

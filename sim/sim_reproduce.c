@@ -1,7 +1,9 @@
 // The published rows of S-LoRA on an A100-80G (its repository, benchmarks/paper/synthetic/slora/
-// synthetic_num_adapters_a100-80_S*_slora_table.jsonl), the fit of the engine "slora" to two of
-// them, and the table of all against the simulation. docs/simulator.md reads the table.
+// synthetic_num_adapters_a100-80_S*_slora_table.jsonl), the fit of the engine "slora" to three
+// of them, and the table of all against the simulation. docs/simulator.md reads the table.
 #include "sim/sim_report.h"
+
+#include "base/verify.h"
 
 #include <math.h>
 #include <stddef.h>
@@ -10,32 +12,38 @@ struct row {
     const char *workload;
     int adapters;
     double requests_per_s, ttft_s, latency_s; // published
-    bool fitted;
+    enum fitted { NOTHING, LATENCY, THROUGHPUT, LOADS } fitted; // which constant it fixes, by what
 };
 
 static const struct row rows[] = {
-    {"S1", 5, 8.046, 0.599, 20.84, true},     {"S1", 100, 7.992, 0.619, 21.61, false},
-    {"S1", 1000, 7.641, 1.898, 25.93, false}, {"S1", 2000, 7.607, 2.019, 26.22, false},
-    {"S2", 5, 7.485, 2.661, 29.12, false},    {"S2", 100, 7.290, 4.212, 30.74, false},
-    {"S2", 1000, 6.693, 10.544, 38.10, false}, {"S2", 2000, 6.727, 10.652, 37.85, false},
-    {"S4", 2, 4.491, 50.538, 79.99, true},    {"S4", 5, 4.430, 54.809, 82.15, false},
-    {"S4", 100, 4.283, 58.556, 84.73, false}, {"S4", 1000, 3.903, 72.070, 98.11, false},
+    {"S1", 5, 8.046, 0.599, 20.84, LATENCY},     {"S1", 100, 7.992, 0.619, 21.61, NOTHING},
+    {"S1", 1000, 7.641, 1.898, 25.93, NOTHING}, {"S1", 2000, 7.607, 2.019, 26.22, LOADS},
+    {"S2", 5, 7.485, 2.661, 29.12, NOTHING},    {"S2", 100, 7.290, 4.212, 30.74, NOTHING},
+    {"S2", 1000, 6.693, 10.544, 38.10, NOTHING}, {"S2", 2000, 6.727, 10.652, 37.85, NOTHING},
+    {"S4", 2, 4.491, 50.538, 79.99, THROUGHPUT},    {"S4", 5, 4.430, 54.809, 82.15, NOTHING},
+    {"S4", 100, 4.283, 58.556, 84.73, NOTHING}, {"S4", 1000, 3.903, 72.070, 98.11, NOTHING},
 };
 enum { ROWS = sizeof rows / sizeof *rows };
 
 static const double WITHIN = 0.15;
 
-static enum status run_row(const struct row *row, enum sim_policy policy,
-                           const struct sim_engine *engine, struct sim_options *options,
-                           struct sim_result *result, struct error *err) {
+static void row_options(const struct row *row, enum sim_policy policy,
+                        const struct sim_engine *engine, struct sim_options *options) {
     sim_options_default(options);
-    if (!sim_workload(options, row->workload))
-        return error_set(err, STATUS_INVALID, "no workload %s", row->workload);
+    bool known = sim_workload(options, row->workload);
+    VERIFY(known);
     options->policy = policy;
     options->load_blocks = policy == SIM_SLORA;
     options->engine = *engine;
     options->trace.adapters = row->adapters;
-    return sim_run(options, result, err);
+}
+
+static enum status run_row(const struct row *row, enum sim_policy policy,
+                           const struct sim_engine *engine, struct sim_result *result,
+                           struct error *err) {
+    struct sim_options options;
+    row_options(row, policy, engine, &options);
+    return sim_run(&options, result, err);
 }
 
 static double off(double simulated, double published) {
@@ -47,7 +55,7 @@ static json_t *row_json(const struct row *row, const struct sim_result *slora,
     return json_pack(
         "{s:s, s:i, s:b, s:{s:f, s:f, s:f}, s:{s:f, s:f, s:f, s:f, s:f, s:I},"
         " s:{s:f, s:f, s:f, s:f, s:f, s:I}}",
-        "workload", row->workload, "adapters", row->adapters, "fitted", row->fitted, "published",
+        "workload", row->workload, "adapters", row->adapters, "fitted", row->fitted != NOTHING, "published",
         "requests_per_s", row->requests_per_s, "ttft_mean_s", row->ttft_s, "latency_mean_s",
         row->latency_s, "slora_policy", "requests_per_s", slora->requests_per_s, "ttft_mean_s",
         slora->ttft_mean_s, "latency_mean_s", slora->latency_mean_s, "slo_attained",
@@ -68,23 +76,51 @@ static void print_row(FILE *out, const struct row *row, const struct sim_result 
             lorad->ttft_mean_s, lorad->latency_mean_s);
 }
 
+// S1 offered more than either policy can serve: what the published load leaves in the tail's shadow.
+static enum status saturate(FILE *out, json_t *list, struct error *err) {
+    static const int adapters[] = {5, 2000, 100000};
+    static struct sim_result result[2];
+    double first[2] = {0, 0};
+    fprintf(out, "S1 at 14 req/s for 600 s, which neither serves:\n"
+                 "        n   S-LoRA's policy req/s    ours req/s  gain\n");
+    for (int i = 0; i < 3; i++) {
+        for (int policy = 0; policy < 2; policy++) {
+            const struct row row = {.workload = "S1", .adapters = adapters[i]};
+            struct sim_options options;
+            row_options(&row, policy ? SIM_LORAD : SIM_SLORA, sim_engine_find("slora"), &options);
+            options.trace.rate = 14;
+            options.trace.duration_s = 600;
+            enum status status = sim_run(&options, &result[policy], err);
+            if (status != STATUS_OK) return status;
+            if (i == 0) first[policy] = result[policy].requests_per_s;
+        }
+        double slora = result[0].requests_per_s, lorad = result[1].requests_per_s;
+        fprintf(out, "S1 %6d  %5.2f (%+5.1f%% against 5)  %5.2f (%+5.1f%%)  %+5.1f%%\n", adapters[i],
+                slora, 100 * off(slora, first[0]), lorad, 100 * off(lorad, first[1]),
+                100 * off(lorad, slora));
+        json_array_append_new(list, json_pack("{s:i, s:f, s:f}", "adapters", adapters[i],
+                                              "slora_policy_requests_per_s", slora,
+                                              "lorad_policy_requests_per_s", lorad));
+    }
+    return STATUS_OK;
+}
+
 enum status sim_reproduce(FILE *out, const char *json_path, bool *within, struct error *err) {
     static struct sim_result slora[ROWS], lorad[ROWS];
     const struct sim_engine *engine = sim_engine_find("slora");
-    json_t *list = json_array();
-    struct sim_options options;
+    json_t *list = json_array(), *saturated = json_array();
     enum status status = STATUS_OK;
     double largest = 0;
     fprintf(out, "Simulation, not measurement. A100-80G, 10 req/s offered for 120 s; published | "
-                 "simulated.\n* fitted (latency of S1 n=5, throughput of S4 n=2); all else is "
-                 "predicted.\n"
+                 "simulated.\n* fitted: latency of S1 n=5, throughput of S4 n=2 and of S1 n=2000; "
+                 "all else is predicted.\n"
                  "             req/s               first token s   latency s              "
                  "| ours: req/s, first token, latency\n"
                  "        n   publ.  sim.     off   publ.   sim.   publ.   sim.    off\n");
     for (int i = 0; i < ROWS && status == STATUS_OK; i++) {
-        status = run_row(&rows[i], SIM_SLORA, engine, &options, &slora[i], err);
+        status = run_row(&rows[i], SIM_SLORA, engine, &slora[i], err);
         if (status == STATUS_OK)
-            status = run_row(&rows[i], SIM_LORAD, engine, &options, &lorad[i], err);
+            status = run_row(&rows[i], SIM_LORAD, engine, &lorad[i], err);
         if (status != STATUS_OK) break;
         print_row(out, &rows[i], &slora[i], &lorad[i]);
         json_array_append_new(list, row_json(&rows[i], &slora[i], &lorad[i]));
@@ -101,49 +137,74 @@ enum status sim_reproduce(FILE *out, const char *json_path, bool *within, struct
                 100 * off(slora[3].requests_per_s, slora[0].requests_per_s),
                 100 * off(lorad[3].requests_per_s, lorad[0].requests_per_s));
     }
+    if (status == STATUS_OK) status = saturate(out, saturated, err);
     if (status == STATUS_OK && json_path) {
-        json_t *value = json_pack("{s:s, s:s, s:f, s:O}", "kind", "simulation, not a measurement",
+        json_t *value = json_pack("{s:s, s:s, s:f, s:O, s:O}", "kind", "simulation, not a measurement",
                                   "command", "lorad-sim --reproduce slora",
-                                  "largest_predicted_throughput_error", largest, "rows", list);
+                                  "largest_predicted_throughput_error", largest, "rows", list,
+                                  "saturated", saturated);
         status = sim_write_json(json_path, value, err);
         json_decref(value);
     }
     json_decref(list);
+    json_decref(saturated);
     return status;
 }
 
-// Squared relative errors of the two fitted figures.
-static enum status fit_error(const struct sim_engine *engine, double *error, struct error *err) {
-    struct sim_options options;
+// Squared relative errors of the figures that fix the two base constants (loads false) or the cost
+// of a load (true). The former rows load next to nothing, so that the two fits are independent.
+static enum status fit_error(const struct sim_engine *engine, bool loads, double *error,
+                             struct error *err) {
     static struct sim_result result;
     *error = 0;
     for (int i = 0; i < ROWS; i++) {
-        if (!rows[i].fitted) continue;
-        enum status status = run_row(&rows[i], SIM_SLORA, engine, &options, &result, err);
+        if (rows[i].fitted == NOTHING || (rows[i].fitted == LOADS) != loads) continue;
+        enum status status = run_row(&rows[i], SIM_SLORA, engine, &result, err);
         if (status != STATUS_OK) return status;
-        double miss = i == 0 ? off(result.latency_mean_s, rows[i].latency_s)
-                             : off(result.requests_per_s, rows[i].requests_per_s);
+        double miss = rows[i].fitted == LATENCY
+                          ? off(result.latency_mean_s, rows[i].latency_s)
+                          : off(result.requests_per_s, rows[i].requests_per_s);
         *error += miss * miss;
     }
     return STATUS_OK;
 }
 
-enum status sim_fit(FILE *out, struct error *err) {
-    struct sim_engine engine = *sim_engine_find("slora"), best = engine;
-    double best_error = INFINITY;
-    for (int percent = 20; percent <= 100; percent += 2)
-        for (int ms = 0; ms <= 60; ms += 2) {
-            double error;
+static enum status fit_base(struct sim_engine *best, struct error *err) {
+    struct sim_engine engine = *best;
+    double best_error = INFINITY, error;
+    for (int percent = 40; percent <= 100; percent += 2)
+        for (int ms = 0; ms <= 40; ms += 2) {
             engine.efficiency = percent / 100.0;
             engine.step_s = ms / 1000.0;
-            enum status status = fit_error(&engine, &error, err);
+            enum status status = fit_error(&engine, false, &error, err);
             if (status != STATUS_OK) return status;
-            if (error < best_error) {
-                best_error = error;
-                best = engine;
-            }
+            if (error >= best_error) continue;
+            best_error = error;
+            *best = engine;
         }
-    fprintf(out, "efficiency %.2f, step %.0f ms: root of squared relative errors %.4f\n",
-            best.efficiency, 1e3 * best.step_s, sqrt(best_error));
     return STATUS_OK;
+}
+
+static enum status fit_loads(struct sim_engine *best, struct error *err) {
+    struct sim_engine engine = *best;
+    double best_error = INFINITY, error;
+    for (int us = 0; us <= 1000; us += 20) {
+        engine.load_layer_s = us / 1e6;
+        enum status status = fit_error(&engine, true, &error, err);
+        if (status != STATUS_OK) return status;
+        if (error >= best_error) continue;
+        best_error = error;
+        *best = engine;
+    }
+    return STATUS_OK;
+}
+
+enum status sim_fit(FILE *out, struct error *err) {
+    struct sim_engine engine = *sim_engine_find("slora");
+    enum status status = fit_base(&engine, err);
+    if (status == STATUS_OK) status = fit_loads(&engine, err);
+    if (status == STATUS_OK)
+        fprintf(out, "efficiency %.2f, step %.0f ms, load %.0f us a layer\n", engine.efficiency,
+                1e3 * engine.step_s, 1e6 * engine.load_layer_s);
+    return status;
 }

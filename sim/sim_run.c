@@ -159,6 +159,7 @@ void sim_step_pass(struct sim *sim, struct sim_step *step, double ready_s) {
 static void end(struct sim *sim, struct sim_sequence *sequence, enum sim_state state) {
     VERIFY(sequence->state == SIM_RUNNING || sequence->state == SIM_WAITING);
     VERIFY_OP(sequence->page_count, ==, 0);
+    VERIFY(!sequence->holds);
     sequence->state = state;
     sequence->end_s = sim->now_s;
     free(sequence->pages);
@@ -210,6 +211,8 @@ static void abort_late(struct sim *sim) {
             continue;
         }
         list_remove(sim->waiting, &sim->waiting_count, i);
+        if (sequence->holds) residency_release(sim->residency, sequence->adapter[0], sim->now_s);
+        sequence->holds = false;
         end(sim, sequence, SIM_ABORTED);
     }
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Checks the layering of the C and CUDA sources under a folder (default: the working folder):
 #   - includes go only downward: api -> server -> pager -> kernels -> base; bench sees base alone;
+#     sim sees server and below, and nobody sees sim;
 #     server/main.c, which puts the program together, may see everything
 #   - above kernels/, its one door is kernels/backend.h; an x_internal.h stays in its folder
 #   - libuv and llhttp in api/ and bench/ alone; CUDA, oneDNN, OpenMP, NCCL, MPI in kernels/ alone
@@ -10,7 +11,7 @@ set -eu
 cd "${1:-.}"
 
 sources() {
-    find api base bench kernels pager server tests demo -type f \
+    find api base bench kernels pager server sim tests demo -type f \
         \( -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null | sort
 }
 files=$(sources)
@@ -24,7 +25,7 @@ fi
         sed -n "s|^[[:space:]]*#[[:space:]]*include[[:space:]]*\(.*\)|$file \1|p" "$file"
     done | awk '
         BEGIN { rank["base"] = 1; rank["kernels"] = 2; rank["pager"] = 3; rank["server"] = 4
-                rank["api"] = 5 }
+                rank["sim"] = 4.5; rank["api"] = 5 }
         function folder(path) { sub("/[^/]*$", "", path); return path }
         function top(path) { sub("/.*", "", path); return path }
         {
@@ -43,7 +44,7 @@ fi
                 next
             }
             if (from == "bench" ? to != "bench" && to != "base" \
-                : !(to in rank) || rank[to] > rank[from])
+                : !(to in rank) || rank[to] > rank[from] || (to == "sim" && from != "sim"))
                 print file ": " from "/ must not include " name
             else if (to == "kernels" && from != "kernels" && name != "kernels/backend.h")
                 print file ": the door of kernels/ is kernels/backend.h, not " name

@@ -8,7 +8,7 @@ trap 'rm -rf "$tree"' EXIT
 clean_tree() {
     rm -rf "$tree"
     mkdir -p "$tree/base" "$tree/kernels/cpu" "$tree/pager" "$tree/server/model" "$tree/api" \
-        "$tree/bench" "$tree/tests/unit"
+        "$tree/bench" "$tree/sim" "$tree/tests/unit"
     echo '#include <stdio.h>' >"$tree/base/low.c"
     echo '#include "base/low.h"
 #include <dnnl.h>' >"$tree/kernels/cpu/matmul.c"
@@ -21,6 +21,7 @@ clean_tree() {
     echo '#include <llhttp.h>
 #include "base/low.h"
 #include "bench/client.h"' >"$tree/bench/client.c"
+    echo '#include "server/engine.h"' >"$tree/sim/play.c"
     echo '#include "kernels/cpu/matmul.h"' >"$tree/tests/unit/all.c"
 }
 
@@ -52,6 +53,9 @@ server/model/run.c|#include "pager/pages_internal.h"|pager/pages_internal.h is f
 api/listen.c|#include "bench/client.h"|api/ must not include bench/client.h
 api/listen.c|#include "tests/unit/fake.h"|api/ must not include tests/unit/fake.h
 api/listen.c|#include "listen.h"|listen.h must be given from the root
+api/listen.c|#include "sim/play.h"|api/ must not include sim/play.h
+server/model/run.c|#include "sim/play.h"|server/ must not include sim/play.h
+sim/play.c|#include "api/listen.h"|sim/ must not include api/listen.h
 bench/client.c|#include "server/engine.h"|bench/ must not include server/engine.h
 server/model/run.c|#include <uv.h>|uv.h belongs to api/ and bench/ alone
 pager/pages.c|#include <llhttp.h>|llhttp.h belongs to api/ and bench/ alone
