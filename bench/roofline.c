@@ -1,0 +1,403 @@
+// What a step costs and what it must cost. A step of M sequences, one token each (a decode), or of
+// one sequence with M tokens (--prefill), runs through kernels/backend.h as the model's forward pass
+// calls it: every layer has weights of its own, so that they stream from memory, every sequence its
+// own KV pages, and, with --rank, its own adapter on all seven projections.
+//
+// Bytes are what has to come from memory: weights, KV and adapters once a step. Activations stay in
+// caches and are not counted. The limit of an operation is max(bytes / bandwidth, flops / peak).
+#include "bench/roofline.h"
+
+#include "base/file.h"
+#include "base/memory.h"
+#include "bench/machine_peak.h"
+#include "bench/roofline_rig.h"
+
+#include <getopt.h>
+#include <jansson.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { BATCHES_MAX = 16 };
+
+enum operation {
+    OP_NORM, OP_QKV, OP_ROPE, OP_ATTENTION, OP_OUT, OP_GATE_UP, OP_SILU, OP_DOWN, OP_SHRINK,
+    OP_EXPAND, OP_HEAD, OPERATIONS
+};
+static const char *const operation_names[OPERATIONS] = {
+    "rms_norm", "linear qkv", "rope + kv write", "attention", "linear o", "linear gate+up",
+    "silu_mul", "linear down", "lora shrink", "lora expand", "linear head"};
+static const char *const operation_colours[OPERATIONS] = {
+    "#999999", "#4477aa", "#bbbbbb", "#228833", "#6699cc", "#225588", "#cccccc", "#88bbdd",
+    "#ee6677", "#cc3311", "#aa3377"};
+
+struct options {
+    struct rig_options rig;
+    const char *json, *svg, *commit;
+    int rounds;
+    int batch[BATCHES_MAX], batch_count;
+};
+
+struct cost {
+    double seconds, bytes, flops; // seconds: in the fastest step
+};
+struct step_cost {
+    int tokens;
+    struct cost of[OPERATIONS];
+};
+
+// ------------------------------------------------------------------ options
+
+static void usage(FILE *to) {
+    fprintf(to,
+            "lorad-bench roofline --model DIR [options]\n"
+            "Times each operation of a step and holds it against this machine's limits.\n"
+            "  --model DIR        folder with a config.json; weights are random\n"
+            "  --batch 1,16,64    tokens in a step (default 1,2,4,8,16,32,64,256)\n"
+            "  --prefill          one sequence of that many tokens; default: that many decodes\n"
+            "  --context N        tokens each decode attends to (default 64)\n"
+            "  --rank R           each sequence on its own adapter of this rank (default 0: none)\n"
+            "  --dtype bf16|f32   of weights and KV (default bf16)\n"
+            "  --threads N        default: all cores\n"
+            "  --rounds N         the best of so many steps counts (default 5)\n"
+            "  --json FILE        write the figures;  --svg FILE  a breakdown of each step\n"
+            "  --commit HASH      recorded in the JSON\n");
+}
+
+static bool batches_parse(struct options *o, const char *text) {
+    o->batch_count = 0;
+    for (char *end; *text; text = *end ? end + 1 : end) {
+        long value = strtol(text, &end, 10);
+        if (end == text || (*end && *end != ',') || value < 1 || value > 4096 ||
+            o->batch_count == BATCHES_MAX)
+            return false;
+        o->batch[o->batch_count++] = (int)value;
+    }
+    return o->batch_count > 0;
+}
+
+static bool number_parse(const char *text, int low, int high, int *out) {
+    char *end;
+    long value = strtol(text, &end, 10);
+    if (end == text || *end || value < low || value > high) return false;
+    *out = (int)value;
+    return true;
+}
+
+// 0: go on; otherwise exit with status - 1.
+static int options_parse(int argc, char **argv, struct options *o) {
+    static const struct option names[] = {
+        {"model", 1, 0, 'm'},   {"batch", 1, 0, 'b'},  {"prefill", 0, 0, 'p'},
+        {"context", 1, 0, 'c'}, {"rank", 1, 0, 'r'},   {"dtype", 1, 0, 'd'},
+        {"threads", 1, 0, 't'}, {"rounds", 1, 0, 'n'}, {"json", 1, 0, 'j'},
+        {"svg", 1, 0, 's'},     {"commit", 1, 0, 'k'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
+    *o = (struct options){.rig = {.dtype = DTYPE_BF16, .context = 64}, .rounds = 5};
+    batches_parse(o, "1,2,4,8,16,32,64,256");
+    cpu_set_t set;
+    o->rig.threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    optind = 1;
+    for (int c; (c = getopt_long(argc, argv, "", names, NULL)) != -1;) {
+        bool good = true;
+        switch (c) {
+        case 'm': o->rig.model = optarg; break;
+        case 'b': good = batches_parse(o, optarg); break;
+        case 'p': o->rig.prefill = true; break;
+        case 'c': good = number_parse(optarg, 1, 1 << 20, &o->rig.context); break;
+        case 'r': good = number_parse(optarg, 0, LORA_RANK_MAX, &o->rig.rank); break;
+        case 'd':
+            good = !strcmp(optarg, "bf16") || !strcmp(optarg, "f32");
+            o->rig.dtype = !strcmp(optarg, "f32") ? DTYPE_F32 : DTYPE_BF16;
+            break;
+        case 't': good = number_parse(optarg, 1, 512, &o->rig.threads); break;
+        case 'n': good = number_parse(optarg, 1, 1000, &o->rounds); break;
+        case 'j': o->json = optarg; break;
+        case 's': o->svg = optarg; break;
+        case 'k': o->commit = optarg; break;
+        case 'h': usage(stdout); return 1;
+        default: usage(stderr); return 3;
+        }
+        if (!good) {
+            fprintf(stderr, "lorad-bench roofline: '%s' will not do; see --help\n", optarg);
+            return 3;
+        }
+    }
+    for (int i = 0; i < o->batch_count; i++)
+        if (o->batch[i] > o->rig.tokens_max) o->rig.tokens_max = o->batch[i];
+    if (o->rig.model && optind == argc) return 0;
+    usage(stderr);
+    return 3;
+}
+
+// ------------------------------------------------------------------ a step, timed
+
+// Adds what passed since *since to `seconds`.
+static void lap(const struct rig *rig, double *since, double *seconds) {
+    rig->ops->synchronize(rig->backend);
+    double now = clock_seconds();
+    *seconds += now - *since;
+    *since = now;
+}
+
+struct target {
+    enum lora_module module;
+    float *y;
+    int stride;
+};
+
+static void lora_add(struct rig *rig, int layer, const float *x, const struct target *targets,
+                     int count, double *since, double *seconds) {
+    if (rig->options.rank == 0) return;
+    struct lora_launch launch = {.layer = layer, .x = x, .in = rig->in[targets[0].module],
+                                 .target_count = count, .segments = rig->segments,
+                                 .segment_count = rig->span_count, .v = rig->v};
+    for (int i = 0; i < count; i++) {
+        launch.target[i].module = targets[i].module;
+        launch.target[i].y = targets[i].y;
+        launch.target[i].out = rig->out[targets[i].module];
+        launch.target[i].stride = targets[i].stride;
+    }
+    rig->ops->lora_shrink(rig->backend, &launch);
+    lap(rig, since, &seconds[OP_SHRINK]);
+    rig->ops->lora_expand(rig->backend, &launch);
+    lap(rig, since, &seconds[OP_EXPAND]);
+}
+
+static void layer_run(struct rig *rig, int l, int T, double *since, double *seconds) {
+    const struct backend_ops *ops = rig->ops;
+    const struct rig_shape *s = &rig->shape;
+    struct backend *b = rig->backend;
+    const struct rig_layer *w = &rig->layers[l];
+    int q = s->query_heads * s->head_size, kv = s->kv_heads * s->head_size, stride = q + 2 * kv;
+    ops->rms_norm(b, rig->normed, rig->x, NULL, rig->gain, 1e-5f, T, s->hidden);
+    lap(rig, since, &seconds[OP_NORM]);
+    ops->linear(b, w->qkv, rig->qkv, rig->normed, T);
+    lap(rig, since, &seconds[OP_QKV]);
+    lora_add(rig, l, rig->normed, (struct target[]){{LORA_Q, rig->qkv, stride},
+             {LORA_K, rig->qkv + q, stride}, {LORA_V, rig->qkv + q + kv, stride}}, 3, since,
+             seconds);
+    ops->rope_and_kv_write(b, l, rig->qkv, rig->cosines, rig->sines, rig->positions, rig->slots, T,
+                           s->query_heads);
+    lap(rig, since, &seconds[OP_ROPE]);
+    ops->attention(b, l, rig->heads, rig->qkv, rig->spans, rig->span_count, s->query_heads);
+    lap(rig, since, &seconds[OP_ATTENTION]);
+    ops->linear(b, w->out, rig->delta, rig->heads, T);
+    lap(rig, since, &seconds[OP_OUT]);
+    lora_add(rig, l, rig->heads, (struct target[]){{LORA_O, rig->delta, s->hidden}}, 1, since,
+             seconds);
+    ops->rms_norm(b, rig->normed, rig->x, NULL, rig->gain, 1e-5f, T, s->hidden);
+    lap(rig, since, &seconds[OP_NORM]);
+    ops->linear(b, w->gate_up, rig->gate_up, rig->normed, T);
+    lap(rig, since, &seconds[OP_GATE_UP]);
+    lora_add(rig, l, rig->normed, (struct target[]){{LORA_GATE, rig->gate_up, 2 * s->ffn},
+             {LORA_UP, rig->gate_up + s->ffn, 2 * s->ffn}}, 2, since, seconds);
+    ops->silu_mul(b, rig->gated, rig->gate_up, T, s->ffn);
+    lap(rig, since, &seconds[OP_SILU]);
+    ops->linear(b, w->down, rig->delta, rig->gated, T);
+    lap(rig, since, &seconds[OP_DOWN]);
+    lora_add(rig, l, rig->gated, (struct target[]){{LORA_DOWN, rig->delta, s->hidden}}, 1, since,
+             seconds);
+}
+
+static int logit_rows(const struct rig *rig, int T) {
+    return rig->options.prefill ? 1 : T;
+}
+
+static void step_measure(struct rig *rig, int T, int rounds, struct step_cost *cost) {
+    rig_step(rig, T);
+    double best = 0;
+    for (int round = 0; round <= rounds; round++) { // the first one warms up
+        double seconds[OPERATIONS] = {0}, begin = clock_seconds(), since = begin;
+        for (int l = 0; l < rig->shape.layers; l++) layer_run(rig, l, T, &since, seconds);
+        rig->ops->linear(rig->backend, rig->head, rig->logits, rig->normed, logit_rows(rig, T));
+        lap(rig, &since, &seconds[OP_HEAD]);
+        double total = since - begin;
+        if (round == 0 || (best > 0 && total >= best)) continue;
+        best = total;
+        for (int i = 0; i < OPERATIONS; i++) cost->of[i].seconds = seconds[i];
+    }
+}
+
+// ------------------------------------------------------------------ what it must cost
+
+static void linear_add(const struct rig *rig, struct cost *cost, double out, double in, double T) {
+    cost->bytes += out * in * (double)dtype_bytes(rig->options.dtype);
+    cost->flops += 2 * out * in * T;
+}
+
+// For each sequence, each query attends to the positions up to its own.
+static double attended(const struct rig *rig) {
+    double pairs = 0;
+    for (int i = 0; i < rig->span_count; i++) {
+        const struct attention_span *s = &rig->spans[i];
+        pairs += (double)s->token_count * (s->context - 0.5 * (s->token_count - 1));
+    }
+    return pairs;
+}
+
+static void step_price(const struct rig *rig, int T, struct step_cost *cost) {
+    const struct rig_shape *s = &rig->shape;
+    double q = (double)s->query_heads * s->head_size, kv = (double)s->kv_heads * s->head_size;
+    double elem = (double)dtype_bytes(rig->options.dtype), rank = rig->options.rank, context = 0;
+    for (int i = 0; i < rig->span_count; i++) context += rig->spans[i].context;
+    for (int l = 0; l < s->layers; l++) {
+        linear_add(rig, &cost->of[OP_QKV], q + 2 * kv, s->hidden, T);
+        linear_add(rig, &cost->of[OP_OUT], s->hidden, q, T);
+        linear_add(rig, &cost->of[OP_GATE_UP], 2.0 * s->ffn, s->hidden, T);
+        linear_add(rig, &cost->of[OP_DOWN], s->hidden, s->ffn, T);
+        cost->of[OP_ATTENTION].bytes += context * 2 * kv * elem;
+        cost->of[OP_ATTENTION].flops += 4 * attended(rig) * q;
+        for (int m = 0; m < LORA_MODULES; m++) {
+            cost->of[OP_SHRINK].bytes += rig->span_count * rank * rig->in[m] * elem;
+            cost->of[OP_SHRINK].flops += 2.0 * T * rank * rig->in[m];
+            cost->of[OP_EXPAND].bytes += rig->span_count * rank * rig->out[m] * elem;
+            cost->of[OP_EXPAND].flops += 2.0 * T * rank * rig->out[m];
+        }
+    }
+    linear_add(rig, &cost->of[OP_HEAD], s->vocabulary, s->hidden, logit_rows(rig, T));
+}
+
+static double limit_seconds(const struct rig *rig, const struct machine_peak *peak,
+                            const struct cost *cost) {
+    double flops = rig->options.dtype == DTYPE_BF16 ? peak->bf16_flops_per_s
+                                                    : peak->f32_flops_per_s;
+    double memory = cost->bytes / peak->read_bytes_per_s, compute = cost->flops / flops;
+    return memory > compute ? memory : compute;
+}
+
+// ------------------------------------------------------------------ reports
+
+// The step as a whole: its limit is the sum of its operations' limits, since they run in turn.
+static struct cost step_total(const struct rig *rig, const struct machine_peak *peak,
+                              const struct step_cost *step, double *limit) {
+    struct cost total = {0};
+    *limit = 0;
+    for (int i = 0; i < OPERATIONS; i++) {
+        total.seconds += step->of[i].seconds;
+        total.bytes += step->of[i].bytes;
+        total.flops += step->of[i].flops;
+        *limit += limit_seconds(rig, peak, &step->of[i]);
+    }
+    return total;
+}
+
+static void row_print(const char *name, const struct cost *cost, double limit) {
+    printf("  %-16s %9.3f %9.1f %9.1f %9.3f", name, cost->seconds * 1e3,
+           cost->bytes / cost->seconds / 1e9, cost->flops / cost->seconds / 1e9, limit * 1e3);
+    if (limit > 0) printf(" %6.0f%%", 100 * limit / cost->seconds);
+    printf("\n");
+}
+
+static json_t *row_json(const struct cost *cost, double limit) {
+    return json_pack("{s:f,s:f,s:f,s:f,s:f}", "seconds", cost->seconds, "bytes", cost->bytes,
+                     "flops", cost->flops, "limit_seconds", limit, "share_of_limit",
+                     cost->seconds > 0 ? limit / cost->seconds : 0.0);
+}
+
+static json_t *step_report(const struct rig *rig, const struct machine_peak *peak,
+                           const struct step_cost *step) {
+    double limit;
+    struct cost total = step_total(rig, peak, step, &limit);
+    json_t *operations = json_object();
+    printf("M = %d\n  %-16s %9s %9s %9s %9s %7s\n", step->tokens, "operation", "ms", "GB/s",
+           "GFLOP/s", "limit ms", "share");
+    for (int i = 0; i < OPERATIONS; i++) {
+        if (step->of[i].seconds == 0) continue;
+        double own = limit_seconds(rig, peak, &step->of[i]);
+        row_print(operation_names[i], &step->of[i], own);
+        json_object_set_new(operations, operation_names[i], row_json(&step->of[i], own));
+    }
+    row_print("step", &total, limit);
+    return json_pack("{s:i,s:o,s:o}", "tokens", step->tokens, "step", row_json(&total, limit),
+                     "operations", operations);
+}
+
+static char *cpu_name(void) {
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    char line[256], *name = NULL;
+    while (file && !name && fgets(line, sizeof line, file)) {
+        char *colon = strchr(line, ':');
+        if (strncmp(line, "model name", 10) != 0 || !colon) continue;
+        colon[strcspn(colon, "\n")] = 0;
+        name = mem_strdup(colon + 2);
+    }
+    if (file) fclose(file);
+    return name ? name : mem_strdup("unknown");
+}
+
+static json_t *report_head(const struct options *o, const struct machine_peak *peak,
+                           json_t *steps) {
+    char *cpu = cpu_name();
+    json_t *root = json_pack(
+        "{s:s,s:s,s:{s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:i,s:i,s:b,s:o}", "what",
+        "operations of a step against max(bytes / bandwidth, flops / peak)", "commit",
+        o->commit ? o->commit : "", "machine", "cpu", cpu, "threads", o->rig.threads, "limits",
+        "read_bytes_per_s", peak->read_bytes_per_s, "f32_flops_per_s", peak->f32_flops_per_s,
+        "bf16_flops_per_s", peak->bf16_flops_per_s, "model", o->rig.model, "dtype",
+        dtype_name(o->rig.dtype), "context", o->rig.context, "rank", o->rig.rank, "prefill",
+        o->rig.prefill, "steps", steps);
+    free(cpu);
+    return root;
+}
+
+// One bar a step, as wide as its time in units of its limit, cut into operations.
+static bool svg_write(const char *path, const struct rig *rig, const struct machine_peak *peak,
+                      const struct step_cost *steps, int count) {
+    enum { ROW = 34, LEFT = 70, SCALE = 420 };
+    FILE *file = fopen(path, "w");
+    if (!file) return false;
+    fprintf(file, "<svg xmlns='http://www.w3.org/2000/svg' width='900' height='%d' "
+                  "font-family='sans-serif' font-size='12'>\n<rect width='100%%' height='100%%' "
+                  "fill='white'/>\n<text x='%d' y='18'>step time / limit; the line is the limit"
+                  "</text>\n", 60 + ROW * count + 20 * ((OPERATIONS + 3) / 4), LEFT);
+    for (int s = 0; s < count; s++) {
+        double limit, x = LEFT;
+        step_total(rig, peak, &steps[s], &limit);
+        fprintf(file, "<text x='8' y='%d'>M = %d</text>\n", 48 + ROW * s, steps[s].tokens);
+        for (int i = 0; i < OPERATIONS; i++) {
+            double width = steps[s].of[i].seconds / limit * SCALE;
+            fprintf(file, "<rect x='%.1f' y='%d' width='%.1f' height='24' fill='%s'><title>%s "
+                          "%.3f ms</title></rect>\n", x, 32 + ROW * s, width,
+                    operation_colours[i], operation_names[i], steps[s].of[i].seconds * 1e3);
+            x += width;
+        }
+    }
+    fprintf(file, "<line x1='%d' x2='%d' y1='26' y2='%d' stroke='black'/>\n", LEFT + SCALE,
+            LEFT + SCALE, 32 + ROW * count);
+    for (int i = 0; i < OPERATIONS; i++) {
+        int x = LEFT + 200 * (i % 4), y = 52 + ROW * count + 20 * (i / 4);
+        fprintf(file, "<rect x='%d' y='%d' width='12' height='12' fill='%s'/><text x='%d' y='%d'>"
+                      "%s</text>\n", x, y - 10, operation_colours[i], x + 18, y,
+                operation_names[i]);
+    }
+    fprintf(file, "</svg>\n");
+    return fclose(file) == 0;
+}
+
+int roofline_main(int argc, char **argv) {
+    struct options options;
+    int parsed = options_parse(argc, argv, &options);
+    if (parsed != 0) return parsed - 1;
+    struct machine_peak peak = machine_peak_measure(options.rig.threads);
+    printf("%d threads: read %.1f GB/s, f32 %.0f GFLOP/s, bf16 %.0f GFLOP/s\n",
+           options.rig.threads, peak.read_bytes_per_s / 1e9, peak.f32_flops_per_s / 1e9,
+           peak.bf16_flops_per_s / 1e9);
+    struct rig rig;
+    if (!rig_init(&rig, &options.rig)) return 1;
+    struct step_cost steps[BATCHES_MAX] = {0};
+    json_t *list = json_array();
+    for (int i = 0; i < options.batch_count; i++) {
+        steps[i].tokens = options.batch[i];
+        step_measure(&rig, options.batch[i], options.rounds, &steps[i]);
+        step_price(&rig, options.batch[i], &steps[i]);
+        json_array_append_new(list, step_report(&rig, &peak, &steps[i]));
+    }
+    json_t *root = report_head(&options, &peak, list);
+    bool good = true;
+    if (options.json && json_dump_file(root, options.json, JSON_INDENT(1) | JSON_REAL_PRECISION(6)))
+        good = false, fprintf(stderr, "lorad-bench roofline: cannot write %s\n", options.json);
+    if (options.svg && !svg_write(options.svg, &rig, &peak, steps, options.batch_count))
+        good = false, fprintf(stderr, "lorad-bench roofline: cannot write %s\n", options.svg);
+    json_decref(root);
+    return good ? 0 : 1;
+}

@@ -1,0 +1,50 @@
+// A step of a model's shape without the model: random weights for every layer, KV pages and adapters
+// for every sequence, and the arrays that kernels/backend.h wants. The roofline's own; freed by
+// the end of the process.
+#ifndef LORAD_BENCH_ROOFLINE_RIG_H
+#define LORAD_BENCH_ROOFLINE_RIG_H
+
+#include "kernels/backend.h"
+
+struct rig_shape {
+    int layers, hidden, ffn, query_heads, kv_heads, head_size, vocabulary;
+};
+
+struct rig_layer {
+    struct linear *qkv, *out, *gate_up, *down;
+};
+
+struct rig_options {
+    const char *model; // folder with config.json
+    enum dtype dtype;
+    int threads, context, rank;
+    bool prefill;      // one sequence of all tokens; else one token a sequence
+    int tokens_max;
+};
+
+// Everything a step needs, sized for tokens_max.
+struct rig {
+    struct rig_options options;
+    struct rig_shape shape;
+    const struct backend_ops *ops;
+    struct backend *backend;
+    struct rig_layer *layers;
+    struct linear *head;
+    float *gain, *cosines, *sines;
+    float *x, *normed, *qkv, *heads, *delta, *gate_up, *gated, *logits, *v;
+    int32_t *positions, *slots;
+    struct attention_span *spans;
+    struct lora_segment *segments;
+    int span_count;
+    int32_t **kv_pages, **adapter_pages; // [sequences]
+    int sequences;
+    int64_t layer_elems; // of an adapter's image
+    int in[LORA_MODULES], out[LORA_MODULES];
+};
+
+// Says on stderr what is wrong and returns false when there is no such model or no memory.
+bool rig_init(struct rig *rig, const struct rig_options *options);
+// Fills spans, segments, positions and slots for a step of `tokens`.
+void rig_step(struct rig *rig, int tokens);
+
+#endif
