@@ -12,7 +12,7 @@
 #include <limits.h>
 #include <math.h>
 
-enum { WINDOW = 64, PASSES_MAX = 32 }; // as engine_step.c has them
+enum { WINDOW = 64, PASSES_MAX = 32 };       // as engine_step.c has them
 static const double PREFETCH_AHEAD_S = 0.05; // of copies queued: about a step
 
 static bool arriving(const struct sim *sim, const struct sched_item *item) {
@@ -75,7 +75,8 @@ static void admit(struct sim *sim, int admitted) {
             start = sequence->holds && !arriving(sim, &sequence->item);
             if (start) sequence->holds = false; // as a running one it is counted from now on
         }
-        if (start) sim_start(sim, i);
+        if (start)
+            sim_start(sim, i);
         else {
             sequence->item.planned = 0;
             i++;

@@ -11,8 +11,9 @@ static const char *policy_name(enum sim_policy policy) {
 
 void sim_print(FILE *out, const struct sim_options *options, const struct sim_result *result) {
     const struct trace_options *trace = &options->trace;
-    fprintf(out, "simulation: %s on %s, policy %s, engine %s; %d adapters, %.4g req/s, %.4g s, "
-                 "cv %.4g, alpha %.4g, seed %u\n",
+    fprintf(out,
+            "simulation: %s on %s, policy %s, engine %s; %d adapters, %.4g req/s, %.4g s, "
+            "cv %.4g, alpha %.4g, seed %u\n",
             options->model->name, options->device->name, policy_name(options->policy),
             options->engine.name, trace->adapters, trace->rate, trace->duration_s, trace->cv,
             trace->alpha, trace->seed);
@@ -30,11 +31,13 @@ void sim_print(FILE *out, const struct sim_options *options, const struct sim_re
             options->slo_s, 100 * result->slo_attained);
     fprintf(out, "latency: mean %.3f s; per output token %.1f ms\n", result->latency_mean_s,
             1e3 * result->per_token_mean_s);
-    fprintf(out, "adapters: resident on arrival %.1f%%, %llu loads, %llu evictions, %.3f GB moved\n",
+    fprintf(out,
+            "adapters: resident on arrival %.1f%%, %llu loads, %llu evictions, %.3f GB moved\n",
             100 * result->hit_rate, (unsigned long long)result->loads,
             (unsigned long long)result->evictions, (double)result->bytes_moved / 1e9);
-    fprintf(out, "steps: %llu, %.1f ms each: matmuls %.1f%%, attention %.1f%%, LoRA %.1f%%, "
-                 "waiting for copies %.1f%%; preemptions %llu\n",
+    fprintf(out,
+            "steps: %llu, %.1f ms each: matmuls %.1f%%, attention %.1f%%, LoRA %.1f%%, "
+            "waiting for copies %.1f%%; preemptions %llu\n",
             (unsigned long long)result->steps, 1e3 * result->busy_s / (double)result->steps,
             100 * result->linear_s / result->busy_s, 100 * result->attention_s / result->busy_s,
             100 * result->lora_s / result->busy_s, 100 * result->waiting_copy_s / result->busy_s,
@@ -66,18 +69,17 @@ static json_t *options_json(const struct sim_options *options) {
         "lora_per_token", engine->lora_per_token, "load_copies", engine->load_copies,
         "load_layer_s", engine->load_layer_s, "trace", "adapters", trace->adapters, "alpha",
         trace->alpha, "rate", trace->rate, "cv", trace->cv, "duration_s", trace->duration_s,
-        "input", trace->input_min, trace->input_end, "output", trace->output_min,
-        trace->output_end, "seed", (int)trace->seed);
+        "input", trace->input_min, trace->input_end, "output", trace->output_min, trace->output_end,
+        "seed", (int)trace->seed);
 }
 
 json_t *sim_json(const struct sim_options *options, const struct sim_result *result) {
     json_t *samples = json_array();
     for (int i = 0; i < result->sample_count; i++) {
         const struct sim_sample *sample = &result->samples[i];
-        json_array_append_new(samples,
-                              json_pack("[f,i,i,i,i,i,i]", sample->time_s, sample->free, sample->kv,
-                                        sample->adapter, sample->cached, sample->running,
-                                        sample->waiting));
+        json_array_append_new(samples, json_pack("[f,i,i,i,i,i,i]", sample->time_s, sample->free,
+                                                 sample->kv, sample->adapter, sample->cached,
+                                                 sample->running, sample->waiting));
     }
     json_t *value = json_pack(
         "{s:s, s:o, s:i, s:i, s:i, s:f, s:f, s:f, s:{s:f, s:f, s:f, s:f}, s:f, s:f, s:f, s:f}",
@@ -86,8 +88,8 @@ json_t *sim_json(const struct sim_options *options, const struct sim_result *res
         result->total_s, "requests_per_s", result->requests_per_s, "output_tokens_per_s",
         result->tokens_per_s, "ttft_s", "mean", result->ttft_mean_s, "p50", result->ttft_p50_s,
         "p90", result->ttft_p90_s, "p99", result->ttft_p99_s, "latency_mean_s",
-        result->latency_mean_s, "per_output_token_mean_s", result->per_token_mean_s,
-        "slo_attained", result->slo_attained, "adapter_hit_rate", result->hit_rate);
+        result->latency_mean_s, "per_output_token_mean_s", result->per_token_mean_s, "slo_attained",
+        result->slo_attained, "adapter_hit_rate", result->hit_rate);
     json_t *more = json_pack(
         "{s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:i, s:i, s:[s,s,s,s,s,s,s],"
         " s:o}",
@@ -95,11 +97,10 @@ json_t *sim_json(const struct sim_options *options, const struct sim_result *res
         (json_int_t)result->evictions, "bytes_moved", (json_int_t)result->bytes_moved, "steps",
         (json_int_t)result->steps, "preemptions", (json_int_t)result->preemptions,
         "computed_tokens", (json_int_t)result->computed_tokens, "busy_s", result->busy_s,
-        "linear_s", result->linear_s, "attention_s", result->attention_s, "lora_s",
-        result->lora_s, "waiting_copy_s", result->waiting_copy_s, "running_mean",
-        result->running_mean, "page_count", result->page_count, "page_tokens",
-        result->page_tokens, "pages_columns", "time_s", "free", "kv", "adapter", "cached",
-        "running", "waiting", "pages", samples);
+        "linear_s", result->linear_s, "attention_s", result->attention_s, "lora_s", result->lora_s,
+        "waiting_copy_s", result->waiting_copy_s, "running_mean", result->running_mean,
+        "page_count", result->page_count, "page_tokens", result->page_tokens, "pages_columns",
+        "time_s", "free", "kv", "adapter", "cached", "running", "waiting", "pages", samples);
     json_object_update(value, more);
     json_decref(more);
     return value;

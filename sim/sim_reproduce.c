@@ -11,17 +11,38 @@
 struct row {
     const char *workload;
     int adapters;
+    double rate, duration_s;
     double requests_per_s, ttft_s, latency_s; // published
     enum fitted { NOTHING, LATENCY, THROUGHPUT, LOADS } fitted; // which constant it fixes, by what
 };
 
 static const struct row rows[] = {
-    {"S1", 5, 8.046, 0.599, 20.84, LATENCY},     {"S1", 100, 7.992, 0.619, 21.61, NOTHING},
-    {"S1", 1000, 7.641, 1.898, 25.93, NOTHING}, {"S1", 2000, 7.607, 2.019, 26.22, LOADS},
-    {"S2", 5, 7.485, 2.661, 29.12, NOTHING},    {"S2", 100, 7.290, 4.212, 30.74, NOTHING},
-    {"S2", 1000, 6.693, 10.544, 38.10, NOTHING}, {"S2", 2000, 6.727, 10.652, 37.85, NOTHING},
-    {"S4", 2, 4.491, 50.538, 79.99, THROUGHPUT},    {"S4", 5, 4.430, 54.809, 82.15, NOTHING},
-    {"S4", 100, 4.283, 58.556, 84.73, NOTHING}, {"S4", 1000, 3.903, 72.070, 98.11, NOTHING},
+    // The main table.
+    {"S1", 5, 10, 120, 8.046, 0.599, 20.84, LATENCY},
+    {"S1", 100, 10, 120, 7.992, 0.619, 21.61, NOTHING},
+    {"S1", 1000, 10, 120, 7.641, 1.898, 25.93, NOTHING},
+    {"S1", 2000, 10, 120, 7.607, 2.019, 26.22, LOADS},
+    {"S2", 5, 10, 120, 7.485, 2.661, 29.12, NOTHING},
+    {"S2", 100, 10, 120, 7.290, 4.212, 30.74, NOTHING},
+    {"S2", 1000, 10, 120, 6.693, 10.544, 38.10, NOTHING},
+    {"S2", 2000, 10, 120, 6.727, 10.652, 37.85, NOTHING},
+    {"S4", 2, 10, 120, 4.491, 50.538, 79.99, THROUGHPUT},
+    {"S4", 5, 10, 120, 4.430, 54.809, 82.15, NOTHING},
+    {"S4", 100, 10, 120, 4.283, 58.556, 84.73, NOTHING},
+    {"S4", 1000, 10, 120, 3.903, 72.070, 98.11, NOTHING},
+    // ..._a100-80_S2_slora.jsonl: numbers of adapters; 0 is the base model alone.
+    {"S2", 0, 10, 300, 9.641, 0.923, 22.20, NOTHING},
+    {"S2", 1, 10, 300, 7.737, 29.311, 61.73, NOTHING},
+    {"S2", 20, 10, 300, 7.926, 25.838, 56.88, NOTHING},
+    {"S2", 50, 10, 300, 7.837, 28.192, 58.87, NOTHING},
+    {"S2", 100, 10, 300, 7.742, 30.749, 60.73, NOTHING},
+    {"S2", 200, 10, 300, 7.517, 37.242, 66.72, NOTHING},
+    // synthetic_req_rate_a100-80_S4_slora.jsonl: rates.
+    {"S4", 400, 1, 300, 0.942, 0.364, 15.32, NOTHING},
+    {"S4", 400, 2, 300, 1.838, 0.499, 17.18, NOTHING},
+    {"S4", 400, 4, 300, 3.539, 0.740, 23.03, NOTHING},
+    {"S4", 400, 6, 300, 4.012, 60.023, 86.26, NOTHING},
+    {"S4", 400, 8, 300, 4.017, 136.525, 163.24, NOTHING},
 };
 enum { ROWS = sizeof rows / sizeof *rows };
 
@@ -36,6 +57,8 @@ static void row_options(const struct row *row, enum sim_policy policy,
     options->load_blocks = policy == SIM_SLORA;
     options->engine = *engine;
     options->trace.adapters = row->adapters;
+    options->trace.rate = row->rate;
+    options->trace.duration_s = row->duration_s;
 }
 
 static enum status run_row(const struct row *row, enum sim_policy policy,
@@ -53,9 +76,10 @@ static double off(double simulated, double published) {
 static json_t *row_json(const struct row *row, const struct sim_result *slora,
                         const struct sim_result *lorad) {
     return json_pack(
-        "{s:s, s:i, s:b, s:{s:f, s:f, s:f}, s:{s:f, s:f, s:f, s:f, s:f, s:I},"
+        "{s:s, s:i, s:f, s:f, s:b, s:{s:f, s:f, s:f}, s:{s:f, s:f, s:f, s:f, s:f, s:I},"
         " s:{s:f, s:f, s:f, s:f, s:f, s:I}}",
-        "workload", row->workload, "adapters", row->adapters, "fitted", row->fitted != NOTHING, "published",
+        "workload", row->workload, "adapters", row->adapters, "rate", row->rate, "duration_s",
+        row->duration_s, "fitted", row->fitted != NOTHING, "published",
         "requests_per_s", row->requests_per_s, "ttft_mean_s", row->ttft_s, "latency_mean_s",
         row->latency_s, "slora_policy", "requests_per_s", slora->requests_per_s, "ttft_mean_s",
         slora->ttft_mean_s, "latency_mean_s", slora->latency_mean_s, "slo_attained",
@@ -67,13 +91,25 @@ static json_t *row_json(const struct row *row, const struct sim_result *slora,
 
 static void print_row(FILE *out, const struct row *row, const struct sim_result *slora,
                       const struct sim_result *lorad) {
-    fprintf(out, "%s %5d  %5.2f %5.2f %+6.1f%%%s  %6.2f %6.2f  %6.2f %6.2f %+6.1f%% |  %5.2f %6.2f "
-                 "%6.2f\n",
-            row->workload, row->adapters, row->requests_per_s, slora->requests_per_s,
+    fprintf(out,
+            "%s %5d %3.0f  %6.2f %6.2f %+6.1f%%%s  %6.2f %6.2f  %6.2f %6.2f %+6.1f%% | %6.2f %6.2f "
+            "%6.2f\n",
+            row->workload, row->adapters, row->rate, row->requests_per_s, slora->requests_per_s,
             100 * off(slora->requests_per_s, row->requests_per_s), row->fitted ? "*" : " ",
             row->ttft_s, slora->ttft_mean_s, row->latency_s, slora->latency_mean_s,
             100 * off(slora->latency_mean_s, row->latency_s), lorad->requests_per_s,
             lorad->ttft_mean_s, lorad->latency_mean_s);
+}
+
+static void print_head(FILE *out) {
+    fprintf(out,
+            "Simulation, not measurement. A100-80G, 12 rows of 120 s, then 11 of 300 s.\n"
+            "* fitted: latency of S1 n=5, throughput of S4 n=2 and of S1 n=2000; all else is "
+            "predicted.\n"
+            "                 throughput req/s      first token s     latency s            |"
+            " ours: req/s, first\n"
+            "        n rate  publ.   sim.     off    publ.   sim.    publ.   sim.    off   |"
+            " token, latency\n");
 }
 
 // S1 offered more than either policy can serve: what the published load leaves in the tail's shadow.
@@ -85,11 +121,10 @@ static enum status saturate(FILE *out, json_t *list, struct error *err) {
                  "        n   S-LoRA's policy req/s    ours req/s  gain\n");
     for (int i = 0; i < 3; i++) {
         for (int policy = 0; policy < 2; policy++) {
-            const struct row row = {.workload = "S1", .adapters = adapters[i]};
+            const struct row row = {
+                .workload = "S1", .adapters = adapters[i], .rate = 14, .duration_s = 600};
             struct sim_options options;
             row_options(&row, policy ? SIM_LORAD : SIM_SLORA, sim_engine_find("slora"), &options);
-            options.trace.rate = 14;
-            options.trace.duration_s = 600;
             enum status status = sim_run(&options, &result[policy], err);
             if (status != STATUS_OK) return status;
             if (i == 0) first[policy] = result[policy].requests_per_s;
@@ -111,12 +146,7 @@ enum status sim_reproduce(FILE *out, const char *json_path, bool *within, struct
     json_t *list = json_array(), *saturated = json_array();
     enum status status = STATUS_OK;
     double largest = 0;
-    fprintf(out, "Simulation, not measurement. A100-80G, 10 req/s offered for 120 s; published | "
-                 "simulated.\n* fitted: latency of S1 n=5, throughput of S4 n=2 and of S1 n=2000; "
-                 "all else is predicted.\n"
-                 "             req/s               first token s   latency s              "
-                 "| ours: req/s, first token, latency\n"
-                 "        n   publ.  sim.     off   publ.   sim.   publ.   sim.    off\n");
+    print_head(out);
     for (int i = 0; i < ROWS && status == STATUS_OK; i++) {
         status = run_row(&rows[i], SIM_SLORA, engine, &slora[i], err);
         if (status == STATUS_OK)

@@ -52,9 +52,9 @@ bool sim_acquire(struct sim *sim, struct sim_adapter *adapter) {
     if (residency_acquire(sim->residency, &adapter->adapter, sim->now_s) != STATUS_OK) return false;
     if (resident) return true;
     double begin_s = fmax(sim->now_s, sim->copy_free_s);
-    adapter->ready_s = begin_s + sim_load_s(sim->options->model, sim->options->device,
-                                            &sim->options->engine,
-                                            (double)adapter->adapter.image_bytes);
+    adapter->ready_s =
+        begin_s + sim_load_s(sim->options->model, sim->options->device, &sim->options->engine,
+                             (double)adapter->adapter.image_bytes);
     sim->copy_free_s = adapter->ready_s;
     return true;
 }
@@ -228,7 +228,8 @@ static void assert_accounts(const struct sim *sim) {
     }
     VERIFY_OP(held, ==, counts.of[PAGE_KV]);
     VERIFY_OP(counts.of[PAGE_FREE] + counts.of[PAGE_KV] + counts.of[PAGE_ADAPTER] +
-              counts.of[PAGE_CACHED], ==, counts.total);
+                  counts.of[PAGE_CACHED],
+              ==, counts.total);
     VERIFY_OP(ended + sim->running_count + sim->waiting_count, ==, sim->next_arrival);
     if (sim->options->check || sim->step % FULL_ASSERT_EVERY == 0) pool_assert(sim->pool);
 }
@@ -237,12 +238,12 @@ static void assert_accounts(const struct sim *sim) {
 
 static struct lora_geometry geometry_of(const struct sim *sim) {
     const struct sim_model *model = sim->options->model;
-    return (struct lora_geometry){
-        .layers = model->layers,
-        .dtype = DTYPE_BF16,
-        .rank_max = LORA_RANK_MAX,
-        .page_elems = (size_t)2 * model->kv_heads * model->head_size * sim->page_tokens,
-        .pool_pages = sim->page_count};
+    return (struct lora_geometry){.layers = model->layers,
+                                  .dtype = DTYPE_BF16,
+                                  .rank_max = LORA_RANK_MAX,
+                                  .page_elems = (size_t)2 * model->kv_heads * model->head_size *
+                                                sim->page_tokens,
+                                  .pool_pages = sim->page_count};
 }
 
 static void create_adapters(struct sim *sim, const struct lora_geometry *geometry) {
@@ -289,7 +290,8 @@ static enum status create(struct sim *sim, struct error *err) {
     double tokens = options->pool_tokens;
     if (tokens == 0)
         tokens = floor((options->device->memory_bytes * MEMORY_USED -
-                        sim_weight_bytes(options->model) - ACTIVATION_BYTES) / kv_bytes);
+                        sim_weight_bytes(options->model) - ACTIVATION_BYTES) /
+                       kv_bytes);
     sim->page_tokens = options->policy == SIM_LORAD ? PAGE_TOKENS : 1;
     if (tokens < sim->page_tokens)
         return error_set(err, STATUS_INVALID, "%s does not fit %s: no memory is left for a pool",
@@ -409,8 +411,10 @@ enum status sim_run(const struct sim_options *options, struct sim_result *result
         arrive(&sim);
         abort_late(&sim);
         if (sim.waiting_count + sim.running_count > 0) {
-            if (options->policy == SIM_LORAD) sim_lorad_step(&sim);
-            else sim_slora_step(&sim);
+            if (options->policy == SIM_LORAD)
+                sim_lorad_step(&sim);
+            else
+                sim_slora_step(&sim);
             assert_accounts(&sim);
         } else if (sim.next_arrival < sim.trace.count) {
             sim.now_s = sim.trace.requests[sim.next_arrival].arrival_s;
@@ -420,7 +424,8 @@ enum status sim_run(const struct sim_options *options, struct sim_result *result
     }
     if (status == STATUS_OK) {
         pool_assert(sim.pool);
-        VERIFY_OP(pool_counts(sim.pool).of[PAGE_KV] + pool_counts(sim.pool).of[PAGE_ADAPTER], ==, 0);
+        VERIFY_OP(pool_counts(sim.pool).of[PAGE_KV] + pool_counts(sim.pool).of[PAGE_ADAPTER], ==,
+                  0);
         summarize(&sim);
     }
     destroy(&sim);

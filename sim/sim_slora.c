@@ -49,11 +49,11 @@ static int newcomers(const struct sim *sim) {
     for (; admitted < sim->waiting_count && count < sim->options->sequences_max; admitted++) {
         const struct sim_sequence *sequence = sim_sequence_of(sim->waiting[admitted]);
         int prompt = sequence->item.tokens_total;
-        loads[count++] = (struct sched_load){.used = prompt + 1, .left = sequence->item.tokens_left};
+        loads[count++] =
+            (struct sched_load){.used = prompt + 1, .left = sequence->item.tokens_left};
         if (sequence->item.adapter_count > 0 && !counted(sim, sequence, admitted))
             cells += sequence->adapter[0]->page_count;
-        if (prompt_tokens + prompt > prompt_max ||
-            !fits(loads, count, cells, sim->page_count))
+        if (prompt_tokens + prompt > prompt_max || !fits(loads, count, cells, sim->page_count))
             break;
         prompt_tokens += prompt;
     }
@@ -66,7 +66,8 @@ static void run_planned(struct sim *sim, double ready_s) {
     for (int i = 0; i < sim->running_count; i++) {
         struct sched_item *item = sim->running[i];
         if (item->planned == 0) continue;
-        bool taken = sim_take_pages(sim, sim_sequence_of(item), item->tokens_cached + item->planned);
+        bool taken =
+            sim_take_pages(sim, sim_sequence_of(item), item->tokens_cached + item->planned);
         VERIFY(taken); // outputs are as long as announced, so that the prediction holds
         sim_step_add(sim, &step, sim_sequence_of(item), item->planned);
     }
