@@ -11,7 +11,7 @@ static const char help_text[] =
     "Everything printed is a simulation, not a measurement. docs/simulator.md has the model.\n"
     "\n"
     "  --workload NAME    S1 (7B, rank 8), S2 (7B, ranks 8 to 64), S4 (13B, ranks 16 to 64):\n"
-    "                     sets model, ranks, trace and the published pool size [S1]; give it first\n"
+    "                     sets model, ranks, trace and the published pool; give it first [S1]\n"
     "  --model NAME       llama-7b, llama-13b or llama-160m\n"
     "  --device NAME      a100-80g, h100, h200 or cpu [a100-80g]\n"
     "  --engine NAME      slora (as fitted) or roofline (the hardware's bound) [slora]\n"
@@ -40,11 +40,13 @@ static const char help_text[] =
     "  --fit              search the fitted constants again (half a minute)\n"
     "  --help\n";
 
-enum { OPT_WORKLOAD = 256, OPT_MODEL, OPT_DEVICE, OPT_ENGINE, OPT_EFFICIENCY, OPT_STEP_MS, OPT_LOAD_LAYER, OPT_LORA_READS,
-       OPT_POLICY, OPT_ADAPTERS, OPT_RANKS, OPT_MODULES, OPT_RATE, OPT_CV, OPT_ALPHA, OPT_DURATION,
-       OPT_SEED, OPT_INPUT, OPT_OUTPUT, OPT_POOL, OPT_SEQS, OPT_STEP_TOKENS, OPT_LOAD,
-       OPT_PREFETCH, OPT_DISCARD, OPT_SLO, OPT_ABORT, OPT_JSON, OPT_CSV, OPT_SVG, OPT_CHECK,
-       OPT_REPRODUCE, OPT_FIT, OPT_HELP };
+enum {
+    OPT_WORKLOAD = 256, OPT_MODEL, OPT_DEVICE, OPT_ENGINE, OPT_EFFICIENCY, OPT_STEP_MS,
+    OPT_LOAD_LAYER, OPT_LORA_READS, OPT_POLICY, OPT_ADAPTERS, OPT_RANKS, OPT_MODULES, OPT_RATE,
+    OPT_CV, OPT_ALPHA, OPT_DURATION, OPT_SEED, OPT_INPUT, OPT_OUTPUT, OPT_POOL, OPT_SEQS,
+    OPT_STEP_TOKENS, OPT_LOAD, OPT_PREFETCH, OPT_DISCARD, OPT_SLO, OPT_ABORT, OPT_JSON, OPT_CSV,
+    OPT_SVG, OPT_CHECK, OPT_REPRODUCE, OPT_FIT, OPT_HELP
+};
 
 static const struct option longs[] = {
     {"workload", 1, NULL, OPT_WORKLOAD}, {"model", 1, NULL, OPT_MODEL},

@@ -112,7 +112,7 @@ static void print_head(FILE *out) {
             " token, latency\n");
 }
 
-// S1 offered more than either policy can serve: what the published load leaves in the tail's shadow.
+// S1 offered more than either policy can serve: what the published load hides in its tail.
 static enum status saturate(FILE *out, json_t *list, struct error *err) {
     static const int adapters[] = {5, 2000, 100000};
     static struct sim_result result[2];
@@ -130,8 +130,8 @@ static enum status saturate(FILE *out, json_t *list, struct error *err) {
             if (i == 0) first[policy] = result[policy].requests_per_s;
         }
         double slora = result[0].requests_per_s, lorad = result[1].requests_per_s;
-        fprintf(out, "S1 %6d  %5.2f (%+5.1f%% against 5)  %5.2f (%+5.1f%%)  %+5.1f%%\n", adapters[i],
-                slora, 100 * off(slora, first[0]), lorad, 100 * off(lorad, first[1]),
+        fprintf(out, "S1 %6d  %5.2f (%+5.1f%% against 5)  %5.2f (%+5.1f%%)  %+5.1f%%\n",
+                adapters[i], slora, 100 * off(slora, first[0]), lorad, 100 * off(lorad, first[1]),
                 100 * off(lorad, slora));
         json_array_append_new(list, json_pack("{s:i, s:f, s:f}", "adapters", adapters[i],
                                               "slora_policy_requests_per_s", slora,
