@@ -97,7 +97,8 @@ def test_roofline(tmp_path):
     assert [s["tokens"] for s in result["steps"]] == [1, 30]
     for step in result["steps"]:
         total, operations = step["step"], step["operations"]
-        assert total["seconds"] == pytest.approx(sum(o["seconds"] for o in operations.values()))
+        assert total["seconds"] == pytest.approx(sum(o["seconds"] for o in operations.values()),
+                                                 rel=1e-5)  # six digits are written
         # by hand: 2 layers x (qkv 256 x 128 + o 128 x 128 + gate, up, down 3 x 256 x 128) + head
         weights = 2 * (256 * 128 + 128 * 128 + 3 * 256 * 128) + 512 * 128
         linear = {k: o for k, o in operations.items() if k.startswith("linear")}
