@@ -25,6 +25,7 @@ static const char help_text[] =
     "  --modules NAME     qkvo or all [qkvo]\n"
     "  --rate X           requests a second [10]; --cv X, --alpha X, --duration S, --seed N as in\n"
     "                     S-LoRA's generator [1, 1, 120, 42]\n"
+    "  --generator NAME   numpy (S-LoRA's own requests) or bench (lorad-bench's) [numpy]\n"
     "  --input A,B        prompt tokens, uniform in [A, B) [8,512]; --output A,B: the same\n"
     "  --pool-tokens N    pool size in tokens of KV; 0: what the device's memory leaves\n"
     "  --max-seqs N       sequences that run at once [1000]\n"
@@ -43,9 +44,9 @@ static const char help_text[] =
 enum {
     OPT_WORKLOAD = 256, OPT_MODEL, OPT_DEVICE, OPT_ENGINE, OPT_EFFICIENCY, OPT_STEP_MS,
     OPT_LOAD_LAYER, OPT_LORA_READS, OPT_POLICY, OPT_ADAPTERS, OPT_RANKS, OPT_MODULES, OPT_RATE,
-    OPT_CV, OPT_ALPHA, OPT_DURATION, OPT_SEED, OPT_INPUT, OPT_OUTPUT, OPT_POOL, OPT_SEQS,
-    OPT_STEP_TOKENS, OPT_LOAD, OPT_PREFETCH, OPT_DISCARD, OPT_SLO, OPT_ABORT, OPT_JSON, OPT_CSV,
-    OPT_SVG, OPT_CHECK, OPT_REPRODUCE, OPT_FIT, OPT_HELP
+    OPT_GENERATOR, OPT_CV, OPT_ALPHA, OPT_DURATION, OPT_SEED, OPT_INPUT, OPT_OUTPUT, OPT_POOL,
+    OPT_SEQS, OPT_STEP_TOKENS, OPT_LOAD, OPT_PREFETCH, OPT_DISCARD, OPT_SLO, OPT_ABORT, OPT_JSON,
+    OPT_CSV, OPT_SVG, OPT_CHECK, OPT_REPRODUCE, OPT_FIT, OPT_HELP
 };
 
 static const struct option longs[] = {
@@ -55,6 +56,7 @@ static const struct option longs[] = {
     {"load-layer-us", 1, NULL, OPT_LOAD_LAYER}, {"lora-reads", 1, NULL, OPT_LORA_READS},
     {"policy", 1, NULL, OPT_POLICY}, {"adapters", 1, NULL, OPT_ADAPTERS},
     {"ranks", 1, NULL, OPT_RANKS}, {"modules", 1, NULL, OPT_MODULES}, {"rate", 1, NULL, OPT_RATE},
+    {"generator", 1, NULL, OPT_GENERATOR},
     {"cv", 1, NULL, OPT_CV}, {"alpha", 1, NULL, OPT_ALPHA}, {"duration", 1, NULL, OPT_DURATION},
     {"seed", 1, NULL, OPT_SEED}, {"input", 1, NULL, OPT_INPUT}, {"output", 1, NULL, OPT_OUTPUT},
     {"pool-tokens", 1, NULL, OPT_POOL}, {"max-seqs", 1, NULL, OPT_SEQS},
@@ -115,7 +117,7 @@ static bool parse_name(const char *text, const char *no, const char *yes, bool *
 static bool apply_trace(struct sim_options *sim, int option, const char *value) {
     struct trace_options *trace = &sim->trace;
     double seed;
-    bool all;
+    bool all, bench;
     switch (option) {
     case OPT_ADAPTERS: return parse_int(value, 0, 1000000, &trace->adapters);
     case OPT_RATE: return parse_double(value, 1e-3, 1e5, &trace->rate);
@@ -127,6 +129,10 @@ static bool apply_trace(struct sim_options *sim, int option, const char *value) 
     case OPT_SEED:
         if (!parse_double(value, 0, 2147483647, &seed)) return false;
         trace->seed = (uint32_t)seed;
+        return true;
+    case OPT_GENERATOR:
+        if (!parse_name(value, "numpy", "bench", &bench)) return false;
+        trace->generator = bench ? TRACE_BENCH : TRACE_NUMPY;
         return true;
     case OPT_RANKS:
         sim->rank_count = parse_list(value, 1, 256, sim->ranks, SIM_RANKS_MAX);

@@ -57,7 +57,7 @@ static json_t *options_json(const struct sim_options *options) {
     return json_pack(
         "{s:s, s:s, s:s, s:o, s:s, s:i, s:i, s:i, s:b, s:i, s:b, s:f, s:b,"
         " s:{s:s, s:f, s:f, s:f, s:f, s:b, s:f, s:f},"
-        " s:{s:i, s:f, s:f, s:f, s:f, s:[i,i], s:[i,i], s:i}}",
+        " s:{s:i, s:f, s:f, s:f, s:f, s:[i,i], s:[i,i], s:i, s:s}}",
         "policy", policy_name(options->policy), "model", options->model->name, "device",
         options->device->name, "ranks", ranks_json(options), "modules",
         options->modules == SIM_ALL ? "all" : "qkvo", "pool_tokens", options->pool_tokens,
@@ -70,7 +70,8 @@ static json_t *options_json(const struct sim_options *options) {
         "load_layer_s", engine->load_layer_s, "trace", "adapters", trace->adapters, "alpha",
         trace->alpha, "rate", trace->rate, "cv", trace->cv, "duration_s", trace->duration_s,
         "input", trace->input_min, trace->input_end, "output", trace->output_min, trace->output_end,
-        "seed", (int)trace->seed);
+        "seed", (int)trace->seed, "generator",
+        trace->generator == TRACE_BENCH ? "bench" : "numpy");
 }
 
 json_t *sim_json(const struct sim_options *options, const struct sim_result *result) {

@@ -4,6 +4,7 @@
 
 #include "base/memory.h"
 #include "base/verify.h"
+#include "bench/workload.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -105,12 +106,36 @@ static int between(struct trace_random *random, int low, int end) {
     return low + (int)value;
 }
 
+static struct trace bench_trace(const struct trace_options *options) {
+    struct workload_options wanted = {.adapters = options->adapters,
+                                      .alpha = options->alpha,
+                                      .rate = options->rate,
+                                      .cv = options->cv,
+                                      .duration_s = options->duration_s,
+                                      .input_min = options->input_min,
+                                      .input_max = options->input_end - 1,
+                                      .output_min = options->output_min,
+                                      .output_max = options->output_end - 1,
+                                      .seed = options->seed};
+    struct workload_request *made;
+    struct trace trace = {.count = (int)workload_make(&wanted, &made)};
+    trace.requests = mem_zalloc((size_t)trace.count + 1, sizeof *trace.requests);
+    for (int i = 0; i < trace.count; i++)
+        trace.requests[i] = (struct trace_request){.arrival_s = made[i].at_s,
+                                                   .adapter = made[i].adapter,
+                                                   .prompt_tokens = made[i].input_tokens,
+                                                   .output_tokens = made[i].output_tokens};
+    free(made);
+    return trace;
+}
+
 struct trace trace_create(const struct trace_options *options) {
     VERIFY(options->rate > 0 && options->duration_s > 0 && options->cv > 0 && options->alpha > 0);
     VERIFY_OP(options->input_min, >, 0);
     VERIFY_OP(options->input_end, >, options->input_min);
     VERIFY_OP(options->output_min, >, 0);
     VERIFY_OP(options->output_end, >, options->output_min);
+    if (options->generator == TRACE_BENCH) return bench_trace(options);
     struct trace trace = {.count = (int)(options->rate * options->duration_s)};
     trace.requests = mem_zalloc((size_t)trace.count + 1, sizeof *trace.requests);
     struct trace_random random;

@@ -5,6 +5,9 @@
 // order of that benchmark, so that the same seed gives the very requests behind the published rows.
 // Note that numpy's power(1) is the uniform distribution: at alpha = 1 every adapter is equally
 // likely; alpha < 1 favours low indices.
+//
+// TRACE_BENCH draws the same distributions as lorad-bench does (bench/workload.h): the simulator
+// then plays the very requests that the load generator sends for that seed.
 #ifndef LORAD_SIM_TRACE_H
 #define LORAD_SIM_TRACE_H
 
@@ -16,7 +19,10 @@ struct trace_request {
     int prompt_tokens, output_tokens;
 };
 
+enum trace_generator { TRACE_NUMPY, TRACE_BENCH };
+
 struct trace_options {
+    enum trace_generator generator;
     int adapters; // 0: base model alone
     double alpha, rate, cv, duration_s;
     int input_min, input_end, output_min, output_end; // [min, end)

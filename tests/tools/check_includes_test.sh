@@ -21,7 +21,8 @@ clean_tree() {
     echo '#include <llhttp.h>
 #include "base/low.h"
 #include "bench/client.h"' >"$tree/bench/client.c"
-    echo '#include "server/engine.h"' >"$tree/sim/play.c"
+    echo '#include "server/engine.h"
+#include "bench/workload.h"' >"$tree/sim/play.c"
     echo '#include "kernels/cpu/matmul.h"' >"$tree/tests/unit/all.c"
 }
 
@@ -55,6 +56,7 @@ api/listen.c|#include "tests/unit/fake.h"|api/ must not include tests/unit/fake.
 api/listen.c|#include "listen.h"|listen.h must be given from the root
 api/listen.c|#include "sim/play.h"|api/ must not include sim/play.h
 server/model/run.c|#include "sim/play.h"|server/ must not include sim/play.h
+sim/play.c|#include "bench/client.h"|sim/ must not include bench/client.h
 sim/play.c|#include "api/listen.h"|sim/ must not include api/listen.h
 bench/client.c|#include "server/engine.h"|bench/ must not include server/engine.h
 server/model/run.c|#include <uv.h>|uv.h belongs to api/ and bench/ alone

@@ -1,6 +1,7 @@
 // sim/: the cost model against the physical limit worked out by hand, the trace against NumPy and
 // the C++ standard, runs of both policies with every account checked in each step, and the
 // published rows. No expectation here is the simulator's own output.
+#include "bench/workload.h"
 #include "sim/sim_report.h"
 
 #include <math.h>
@@ -106,13 +107,13 @@ static void trace_is_numpys(void **state) {
         struct trace_request requests[3];
         long long adapters, prompts, outputs; // sums
     } cases[] = {
-        {{2000, 1, 10, 1, 120, 8, 512, 8, 512, 42}, 1200, {0, 600, 1199},
+        {{TRACE_NUMPY, 2000, 1, 10, 1, 120, 8, 512, 8, 512, 42}, 1200, {0, 600, 1199},
          {{0.0503244877027261, 749, 388, 268}, {62.97699410052192, 337, 489, 387},
           {124.98691596483738, 260, 268, 241}}, 1197370, 314805, 315809},
-        {{100, 0.3, 2, 4, 300, 8, 512, 8, 512, 42}, 600, {1, 300, 599},
+        {{TRACE_NUMPY, 100, 0.3, 2, 4, 300, 8, 512, 8, 512, 42}, 600, {1, 300, 599},
          {{9.483359034175847e-06, 84, 473, 43}, {203.84698661108203, 0, 74, 453},
           {353.7552165951454, 0, 388, 489}}, 14252, 153447, 155474},
-        {{100, 2, 2, 0.5, 60, 8, 512, 8, 512, 7}, 120, {0, 60, 119},
+        {{TRACE_NUMPY, 100, 2, 2, 0.5, 60, 8, 512, 8, 512, 7}, 120, {0, 60, 119},
          {{0.5269475636632471, 27, 432, 435}, {28.880112153132522, 97, 17, 101},
           {56.44324404591343, 36, 372, 392}}, 8088, 32151, 32919}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -137,6 +138,26 @@ static void trace_is_numpys(void **state) {
         }
         trace_destroy(&trace);
     }
+}
+
+// The same requests as the load generator's, for the same seed.
+static void bench_trace_is_the_load_generators(void **state) {
+    struct trace_options options = {TRACE_BENCH, 50, 0.5, 3, 2, 40, 8, 512, 4, 100, 9};
+    struct workload_options same = {.adapters = 50, .alpha = 0.5, .rate = 3, .cv = 2,
+                                    .duration_s = 40, .input_min = 8, .input_max = 511,
+                                    .output_min = 4, .output_max = 99, .seed = 9};
+    struct workload_request *made;
+    struct trace trace = trace_create(&options);
+    assert_int_equal(workload_make(&same, &made), 120);
+    assert_int_equal(trace.count, 120);
+    for (int i = 0; i < trace.count; i++) {
+        assert_int_equal(trace.requests[i].adapter, made[i].adapter);
+        assert_int_equal(trace.requests[i].prompt_tokens, made[i].input_tokens);
+        assert_int_equal(trace.requests[i].output_tokens, made[i].output_tokens);
+        assert_near(trace.requests[i].arrival_s, made[i].at_s, 0);
+    }
+    free(made);
+    trace_destroy(&trace);
 }
 
 // ------------------------------------------------------------------ runs
@@ -336,6 +357,7 @@ int main(void) {
         cmocka_unit_test(lora_operations_cost_what_was_published),
         cmocka_unit_test(random_is_mt19937),
         cmocka_unit_test(trace_is_numpys),
+        cmocka_unit_test(bench_trace_is_the_load_generators),
         cmocka_unit_test(runs_keep_their_accounts),
         cmocka_unit_test(one_request_takes_its_own_time),
         cmocka_unit_test(idle_adapters_stay_or_go),
