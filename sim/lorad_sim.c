@@ -33,6 +33,7 @@ static const char help_text[] =
     "  --load WAY         async (copied beside the steps) or blocking [async; slora: blocking]\n"
     "  --prefetch N       lorad: waiting requests whose adapters are copied ahead [0]\n"
     "  --discard          lorad: drop idle adapters after each step, as S-LoRA does\n"
+    "  --preempt-every N  lorad: preempt the newest every N steps [0: only when pages are short]\n"
     "  --slo S            first token within [6]\n"
     "  --early-abort      drop who waits when wait + 0.5 s reaches the SLO\n"
     "  --json FILE --csv FILE --svg FILE    the result; pages by owner over time\n"
@@ -45,8 +46,8 @@ enum {
     OPT_WORKLOAD = 256, OPT_MODEL, OPT_DEVICE, OPT_ENGINE, OPT_EFFICIENCY, OPT_STEP_MS,
     OPT_LOAD_LAYER, OPT_LORA_READS, OPT_POLICY, OPT_ADAPTERS, OPT_RANKS, OPT_MODULES, OPT_RATE,
     OPT_GENERATOR, OPT_CV, OPT_ALPHA, OPT_DURATION, OPT_SEED, OPT_INPUT, OPT_OUTPUT, OPT_POOL,
-    OPT_SEQS, OPT_STEP_TOKENS, OPT_LOAD, OPT_PREFETCH, OPT_DISCARD, OPT_SLO, OPT_ABORT, OPT_JSON,
-    OPT_CSV, OPT_SVG, OPT_CHECK, OPT_REPRODUCE, OPT_FIT, OPT_HELP
+    OPT_SEQS, OPT_STEP_TOKENS, OPT_LOAD, OPT_PREFETCH, OPT_DISCARD, OPT_PREEMPT, OPT_SLO, OPT_ABORT,
+    OPT_JSON, OPT_CSV, OPT_SVG, OPT_CHECK, OPT_REPRODUCE, OPT_FIT, OPT_HELP
 };
 
 static const struct option longs[] = {
@@ -62,7 +63,8 @@ static const struct option longs[] = {
     {"pool-tokens", 1, NULL, OPT_POOL}, {"max-seqs", 1, NULL, OPT_SEQS},
     {"step-tokens", 1, NULL, OPT_STEP_TOKENS}, {"load", 1, NULL, OPT_LOAD},
     {"prefetch", 1, NULL, OPT_PREFETCH}, {"discard", 0, NULL, OPT_DISCARD},
-    {"slo", 1, NULL, OPT_SLO}, {"early-abort", 0, NULL, OPT_ABORT}, {"json", 1, NULL, OPT_JSON},
+    {"preempt-every", 1, NULL, OPT_PREEMPT}, {"slo", 1, NULL, OPT_SLO},
+    {"early-abort", 0, NULL, OPT_ABORT}, {"json", 1, NULL, OPT_JSON},
     {"csv", 1, NULL, OPT_CSV}, {"svg", 1, NULL, OPT_SVG}, {"check", 0, NULL, OPT_CHECK},
     {"reproduce", 1, NULL, OPT_REPRODUCE}, {"fit", 0, NULL, OPT_FIT}, {"help", 0, NULL, OPT_HELP},
     {NULL, 0, NULL, 0}};
@@ -185,6 +187,7 @@ static bool apply_server(struct command *command, int option, const char *value)
         command->load_given = true;
         return parse_name(value, "async", "blocking", &sim->load_blocks);
     case OPT_PREFETCH: return parse_int(value, 0, 64, &sim->prefetch);
+    case OPT_PREEMPT: return parse_int(value, 0, 1 << 30, &sim->preempt_every);
     case OPT_SLO: return parse_double(value, 1e-3, 1e6, &sim->slo_s);
     default: return apply_trace(sim, option, value);
     }

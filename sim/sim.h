@@ -36,6 +36,7 @@ struct sim_options {
     bool keep_idle;      // SIM_LORAD: idle adapters stay until their pages are wanted
     double slo_s;        // first token
     bool early_abort;    // drop who waits when wait + 0.5 s reaches the SLO
+    int preempt_every;   // SIM_LORAD: preempt the newest every so many steps; 0: only when short
     bool check;          // walk every page in every step
 };
 

@@ -139,7 +139,15 @@ static void sleep_until_copied(struct sim *sim) {
     sim->now_s = until_s;
 }
 
+// Outputs are as long as announced, so that pages never run short by themselves.
+static void preempt_for_test(struct sim *sim) {
+    int every = sim->options->preempt_every;
+    if (every <= 0 || sim->running_count < 2 || sim->step % (uint64_t)every != 0) return;
+    sim_preempt(sim, newest_running(sim));
+}
+
 void sim_lorad_step(struct sim *sim) {
+    preempt_for_test(sim);
     prefetch(sim);
     struct sched_plan planned = plan(sim);
     admit(sim, planned.admitted);
