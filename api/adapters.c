@@ -170,10 +170,23 @@ static enum status load_adapter(struct load *load, struct adapter **out) {
     return STATUS_OK;
 }
 
+static const char *image_dtype(const struct api *api) {
+    return dtype_name(engine_lora_geometry(api->engine)->dtype);
+}
+
 static void load_work(struct offload *offload) {
     struct load *load = (struct load *)offload;
+    struct store *store = offload->api->setup.store;
     struct adapter *adapter = NULL;
     load->err.status = load_adapter(load, &adapter);
+    if (adapter && store) { // on the disk before the name changes, and before the answer
+        load->err.status = store_put(store, load->name, load->path, adapter->digest,
+                                     image_dtype(offload->api), &load->err);
+        if (load->err.status) {
+            adapter_unref(adapter);
+            adapter = NULL;
+        }
+    }
     registry_commit(offload->api->setup.registry, load->name, adapter);
 }
 
@@ -226,7 +239,96 @@ void handle_load_adapter(struct connection *c, const struct http_request *r, con
     offload_start(c->api, &load->offload);
 }
 
+// ------------------------------------------------------------------ loading again after a restart
+
+static enum status restore_one(struct api *api, const struct store_entry *entry,
+                               struct error *err) {
+    struct registry *registry = api->setup.registry;
+    struct load load = {.offload.api = api, .name = entry->name, .path = entry->path};
+    struct adapter *adapter = NULL;
+    enum status status = registry_begin(registry, entry->name, false, err);
+    if (status) return status;
+    status = load_adapter(&load, &adapter);
+    *err = load.err;
+    // Digests are of images: those of another dtype cannot be compared.
+    if (adapter && strcmp(entry->dtype, image_dtype(api)) == 0 &&
+        strcmp(entry->digest, adapter->digest) != 0) {
+        status = error_set(err, STATUS_INVALID, "its files are not those that were loaded; load "
+                           "it again");
+        adapter_unref(adapter);
+        adapter = NULL;
+    }
+    registry_commit(registry, entry->name, adapter);
+    return status;
+}
+
+enum status api_restore(struct api *api, struct error *err) {
+    struct store_entry *list;
+    int count, restored = 0;
+    if (!api->setup.store) return STATUS_OK;
+    enum status status = store_list(api->setup.store, &list, &count, err);
+    if (status) return status;
+    for (int i = 0; i < count; i++) {
+        struct error reason = {0};
+        if (restore_one(api, &list[i], &reason) == STATUS_OK) restored++;
+        else log_event(LOG_ERROR, "adapter_not_restored", "name=%s %s", list[i].name, reason.text);
+    }
+    store_list_free(list, count);
+    log_event(LOG_INFO, "adapters_restored", "count=%d of=%d", restored, count);
+    return STATUS_OK;
+}
+
 // ------------------------------------------------------------------ unloading
+
+struct unload {
+    struct offload offload;
+    struct connection *connection; // NULL once the client has gone; the unload goes on
+    char *name;
+    bool text_answer; // vLLM's form
+    struct error err;
+};
+
+static void unload_gone(void *exchange) {
+    ((struct unload *)exchange)->connection = NULL;
+}
+
+static void unload_work(struct offload *offload) {
+    struct unload *unload = (struct unload *)offload;
+    struct store *store = offload->api->setup.store;
+    if (store) unload->err.status = store_delete(store, unload->name, &unload->err);
+    registry_end_remove(offload->api->setup.registry, unload->name,
+                        unload->err.status == STATUS_OK);
+}
+
+static void unload_done(struct offload *offload) {
+    struct unload *unload = (struct unload *)offload;
+    struct connection *c = unload->connection;
+    char text[512];
+    snprintf(text, sizeof text, "Success: LoRA adapter '%s' removed successfully.", unload->name);
+    if (c && unload->err.status) respond_error(c, &unload->err);
+    else if (c && unload->text_answer) respond_text(c, 200, "text/plain", text);
+    else if (c) respond_json(c, 200, json_pack("{s:s,s:b}", "id", unload->name, "deleted", 1));
+    free(unload->name);
+    free(unload);
+}
+
+// The name serves until the store has forgotten it.
+static void unload_start(struct connection *c, const char *name, bool text_answer) {
+    struct error err = {0};
+    if (registry_begin_remove(c->api->setup.registry, name, &err)) {
+        respond_error(c, &err);
+        return;
+    }
+    struct unload *unload = mem_zalloc(1, sizeof *unload);
+    unload->connection = c;
+    unload->name = mem_strdup(name);
+    unload->text_answer = text_answer;
+    unload->offload.work = unload_work;
+    unload->offload.done = unload_done;
+    c->exchange = unload;
+    c->gone = unload_gone;
+    offload_start(c->api, &unload->offload);
+}
 
 void handle_unload_adapter(struct connection *c, const struct http_request *r, const char *tail) {
     struct error err = {0};
@@ -236,17 +338,11 @@ void handle_unload_adapter(struct connection *c, const struct http_request *r, c
     if (!status) status = param_string(root, "lora_name", 1024, &name, &err);
     if (!status && !name)
         status = error_set_param(&err, STATUS_INVALID, "lora_name", "lora_name is needed");
-    if (!status) status = registry_remove(c->api->setup.registry, name, &err);
-    char text[512];
-    snprintf(text, sizeof text, "Success: LoRA adapter '%.200s' removed successfully.",
-             name ? name : "");
     if (status) respond_error(c, &err);
-    else respond_text(c, 200, "text/plain", text);
+    else unload_start(c, name, true);
     json_decref(root);
 }
 
 void handle_adapter_delete(struct connection *c, const struct http_request *r, const char *tail) {
-    struct error err = {0};
-    if (registry_remove(c->api->setup.registry, tail, &err)) respond_error(c, &err);
-    else respond_json(c, 200, json_pack("{s:s,s:b}", "id", tail, "deleted", 1));
+    unload_start(c, tail, false);
 }

@@ -5,12 +5,14 @@
 
 #include "server/engine.h"
 #include "server/options.h"
+#include "server/store.h"
 
 struct api_setup {
     const struct options *options;
     const struct model_config *config;
     const struct tokenizer *tokenizer; // NULL: prompts are token ids
     struct registry *registry;
+    struct store *store; // NULL: loads and unloads are not remembered
     const char *base_id;
     int context_max;
     bool dummy; // "dummy:" adapter sources may be loaded at run time
@@ -23,6 +25,9 @@ MUST_CHECK enum status api_create(const struct api_setup *setup, struct api **ou
 // engine_options.wake: any thread; context is the api.
 void api_wake(void *api);
 void api_set_engine(struct api *api, struct engine *engine, struct metrics *metrics); // before run
+// Loads again what the store remembers, before run. One that cannot be loaded, or is not what it
+// was, is logged and left out, and stays in the store. Reads files. STATUS_IO: the store's failure.
+MUST_CHECK enum status api_restore(struct api *api, struct error *err);
 int api_port(const struct api *api);
 // Serves until SIGTERM or SIGINT has drained the engine; 0, or 1 when the device failed.
 int api_run(struct api *api);

@@ -7,6 +7,7 @@
 #include "server/engine.h"
 #include "server/options.h"
 #include "server/registry.h"
+#include "server/store.h"
 
 #include <dirent.h>
 #include <limits.h>
@@ -28,9 +29,12 @@ struct program {
     struct model *model;
     struct tokenizer *tokenizer;
     struct registry *registry;
+    struct store *store;
     struct metrics *metrics;
     struct api *api;
     struct engine *engine;
+    struct adapter **restored; // from the store, one reference each, while the others register
+    int restored_count;
 };
 
 static size_t free_memory_bytes(void) {
@@ -126,10 +130,18 @@ static enum status create_engine(struct program *p, struct error *err) {
 
 // ------------------------------------------------------------------ adapters named at start
 
+// What was loaded at run time came later than this command line: it keeps its name.
+static bool restored(struct program *p, const char *name) {
+    for (int i = 0; i < p->restored_count; i++)
+        if (strcmp(p->restored[i]->name, name) == 0) return true;
+    return false;
+}
+
 static enum status register_adapter(struct program *p, const char *name, const char *source,
                                     struct error *err) {
     struct adapter *adapter = NULL;
     enum status status = registry_check_name(p->registry, name, err);
+    if (!status && restored(p, name)) return STATUS_OK;
     if (!status) status = registry_begin(p->registry, name, false, err);
     if (!status) {
         if (strncmp(source, "dummy:", 6) == 0 && !p->dummy)
@@ -177,26 +189,39 @@ static enum status register_folder(struct program *p, struct error *err) {
     return status;
 }
 
+static enum status register_all(struct program *p, struct error *err) {
+    enum status status = api_restore(p->api, err);
+    if (status) return status;
+    p->restored_count = registry_list(p->registry, &p->restored);
+    if (!(status = register_named(p, err))) status = register_folder(p, err);
+    for (int i = 0; i < p->restored_count; i++) adapter_unref(p->restored[i]);
+    free(p->restored);
+    p->restored = NULL;
+    p->restored_count = 0;
+    return status;
+}
+
 // ------------------------------------------------------------------ life
 
 static enum status create(struct program *p, struct error *err) {
     const struct options *o = &p->options;
     p->base_id = choose_base_id(o);
     p->registry = registry_create(p->base_id);
-    enum status status = load_model(p, err);
-    if (status) return status;
+    enum status status = o->state_dir ? store_open(o->state_dir, &p->store, err) : STATUS_OK;
+    if (status || (status = load_model(p, err))) return status;
     // The address is taken before the adapters load; what arrives meanwhile waits in the backlog.
     struct api_setup setup = {.options = o,
                               .config = &p->config,
                               .tokenizer = p->tokenizer,
                               .registry = p->registry,
+                              .store = p->store,
                               .base_id = p->base_id,
                               .context_max = p->context_max,
                               .dummy = p->dummy};
-    if ((status = api_create(&setup, &p->api, err)) || (status = create_engine(p, err)) ||
-        (status = register_named(p, err)) || (status = register_folder(p, err)))
+    if ((status = api_create(&setup, &p->api, err)) || (status = create_engine(p, err)))
         return status;
     api_set_engine(p->api, p->engine, p->metrics);
+    if ((status = register_all(p, err))) return status;
     return engine_start(p->engine, err);
 }
 
@@ -204,6 +229,7 @@ static void destroy(struct program *p) {
     engine_destroy(p->engine);
     api_destroy(p->api);
     registry_destroy(p->registry);
+    store_close(p->store);
     model_destroy(p->model);
     p->ops->close(p->backend);
     tokenizer_destroy(p->tokenizer);
@@ -229,6 +255,7 @@ static int serve(int argc, char **argv) {
     (void)log_level_parse(p.options.log_level, &level);
     log_configure(level, strcmp(p.options.log_format, "json") == 0);
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); // a file over its limit is a failed write, not the end
     if (create(&p, &err)) return fail(&err); // the process ends: nothing to give back
     if (!p.options.api_key_file && !p.options.host_given)
         log_event(LOG_INFO, "no_api_keys", "listening on loopback only; --api-key-file and --host "

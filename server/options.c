@@ -60,6 +60,10 @@ static const struct option table[] = {
      KIND_TEXT, AT(api_key_file), 0, 0},
     {"admin-key-file", "FILE", NULL, "keys for loading and unloading adapters, one a line",
      KIND_TEXT, AT(admin_key_file), 0, 0},
+    {"state-dir", "DIR", NULL,
+     "remember here the adapters that are loaded at run time, and load them again at\n"
+     "the next start; without it they last until the process ends",
+     KIND_TEXT, AT(state_dir), 0, 0},
     {"drain-seconds", "N", "30", "after SIGTERM, how long running requests may go on", KIND_INT,
      AT(drain_s), 0, 86400},
     {"log-level", "LEVEL", "info", "debug, info, warn or error", KIND_TEXT, AT(log_level), 0, 0},

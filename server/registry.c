@@ -3,8 +3,8 @@
 //
 // A name's entry: absent -> registry_begin -> LOADING -> registry_commit -> there (or absent again)
 //                 there  -> registry_begin(replace) -> there, LOADING -> registry_commit -> there
-//                 there  -> registry_remove -> absent
-// While LOADING, the generation that was there keeps serving.
+//                 there  -> registry_begin_remove -> LOADING -> registry_end_remove -> absent, there
+// While LOADING (a change is under way), the generation that was there keeps serving.
 #include "server/registry.h"
 
 #include "base/memory.h"
@@ -125,7 +125,8 @@ enum status registry_begin(struct registry *registry, const char *name, bool rep
     pthread_mutex_lock(&registry->mutex);
     struct entry *entry = *find_link(registry, name);
     if (entry && entry->loading) {
-        status = error_set(err, STATUS_BUSY, "adapter \"%s\" is being loaded already", name);
+        status = error_set(err, STATUS_BUSY, "adapter \"%s\" is being loaded or unloaded already",
+                           name);
     } else if (entry && !replace) {
         status = error_set(err, STATUS_EXISTS, "adapter \"%s\" is loaded already; unload it first, "
                            "or ask for it to be replaced", name);
@@ -168,22 +169,42 @@ struct adapter *registry_find(struct registry *registry, const char *name) {
     return adapter;
 }
 
-enum status registry_remove(struct registry *registry, const char *name, struct error *err) {
-    struct adapter *removed = NULL;
+enum status registry_begin_remove(struct registry *registry, const char *name,
+                                  struct error *err) {
     enum status status = STATUS_OK;
     pthread_mutex_lock(&registry->mutex);
     struct entry **link = find_link(registry, name);
     if (!*link) {
         status = error_set(err, STATUS_NOT_FOUND, "no adapter is named \"%.128s\"", name);
     } else if ((*link)->loading) {
-        status = error_set(err, STATUS_BUSY, "adapter \"%s\" is being loaded; unload it when that "
-                           "is done", name);
+        status = error_set(err, STATUS_BUSY, "adapter \"%s\" is being loaded or unloaded; unload it "
+                           "when that is done", name);
     } else {
+        (*link)->loading = true;
+    }
+    pthread_mutex_unlock(&registry->mutex);
+    return status;
+}
+
+void registry_end_remove(struct registry *registry, const char *name, bool remove) {
+    struct adapter *removed = NULL;
+    pthread_mutex_lock(&registry->mutex);
+    struct entry **link = find_link(registry, name);
+    VERIFY(*link != NULL);
+    VERIFY((*link)->loading);
+    VERIFY((*link)->adapter != NULL);
+    (*link)->loading = false;
+    if (remove) {
         removed = (*link)->adapter;
         entry_unlink(registry, link);
     }
     pthread_mutex_unlock(&registry->mutex);
     retire(removed);
+}
+
+enum status registry_remove(struct registry *registry, const char *name, struct error *err) {
+    enum status status = registry_begin_remove(registry, name, err);
+    if (!status) registry_end_remove(registry, name, true);
     return status;
 }
 

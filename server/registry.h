@@ -22,6 +22,11 @@ void registry_commit(struct registry *registry, const char *name, struct adapter
 struct adapter *registry_find(struct registry *registry, const char *name);
 MUST_CHECK enum status registry_remove(struct registry *registry, const char *name,
                                        struct error *err);
+// The same in two halves, for a caller that must write between them: after _begin the name still
+// serves and refuses other changes (STATUS_BUSY); _end removes it, or leaves all as it was.
+MUST_CHECK enum status registry_begin_remove(struct registry *registry, const char *name,
+                                             struct error *err);
+void registry_end_remove(struct registry *registry, const char *name, bool remove);
 // All of them, sorted by name, each with a new reference; *list is malloc'd.
 int registry_list(struct registry *registry, struct adapter ***list);
 
