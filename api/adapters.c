@@ -5,6 +5,7 @@
 // no "..", no symbolic link that leads out), and the files are then read through that descriptor.
 #include "api/api_internal.h"
 
+#include "base/file.h"
 #include "base/log.h"
 #include "base/memory.h"
 
@@ -14,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 // ------------------------------------------------------------------ GET /v1/models
@@ -60,10 +62,13 @@ static json_t *adapter_json(const struct adapter *a) {
         if (a->rank[m]) json_object_set_new(modules, names[m], json_integer(a->rank[m]));
         rank = a->rank[m] > rank ? a->rank[m] : rank;
     }
-    return json_pack("{s:s,s:s,s:i,s:o,s:I,s:i,s:i,s:s,s:I,s:I,s:I}", "id", a->name, "tier",
+    double used_s = atomic_load(&a->last_used_s), since_s = clock_seconds() - used_s;
+    json_t *last_used = used_s > 0 ? json_integer((json_int_t)(time(NULL) - (time_t)since_s))
+                                   : json_null();
+    return json_pack("{s:s,s:s,s:i,s:o,s:I,s:i,s:i,s:o,s:s,s:I,s:I,s:I}", "id", a->name, "tier",
                      atomic_load(&a->resident) ? "device" : "host", "rank", rank, "modules",
                      modules, "bytes", (json_int_t)a->image_bytes, "pages", a->page_count, "refs",
-                     atomic_load(&a->refs), "digest", a->digest, "generation",
+                     atomic_load(&a->refs), "last_used", last_used, "digest", a->digest, "generation",
                      (json_int_t)a->generation, "requests", (json_int_t)atomic_load(&a->requests),
                      "tokens", (json_int_t)atomic_load(&a->tokens));
 }
@@ -93,6 +98,9 @@ struct load {
     struct offload offload;
     struct connection *connection; // NULL once the client has gone; the load goes on
     char *name, *path;
+    bool put, dry_run;       // PUT /v1/adapters/{id}: its answer is the adapter
+    bool replaces;           // the name was there
+    struct adapter *adapter; // a reference for that answer, or NULL
     struct error err;
 };
 
@@ -179,6 +187,11 @@ static void load_work(struct offload *offload) {
     struct store *store = offload->api->setup.store;
     struct adapter *adapter = NULL;
     load->err.status = load_adapter(load, &adapter);
+    load->adapter = adapter ? adapter_ref(adapter) : NULL;
+    if (adapter && load->dry_run) {
+        adapter_unref(adapter);
+        adapter = NULL;
+    }
     if (adapter && store) { // on the disk before the name changes, and before the answer
         load->err.status = store_put(store, load->name, load->path, adapter->digest,
                                      image_dtype(offload->api), &load->err);
@@ -190,21 +203,43 @@ static void load_work(struct offload *offload) {
     registry_commit(offload->api->setup.registry, load->name, adapter);
 }
 
+static void respond_put(struct connection *c, const struct load *load) {
+    json_t *answer = adapter_json(load->adapter);
+    if (load->dry_run) json_object_set_new(answer, "dry_run", json_true());
+    respond_json(c, load->dry_run || load->replaces ? 200 : 201, answer);
+}
+
 static void load_done(struct offload *offload) {
     struct load *load = (struct load *)offload;
     struct connection *c = load->connection;
     log_event(load->err.status ? LOG_WARN : LOG_INFO,
-              load->err.status ? "adapter_refused" : "adapter_loaded", "name=%s %s", load->name,
+              load->err.status ? "adapter_refused"
+              : load->dry_run  ? "adapter_checked"
+                               : "adapter_loaded", "name=%s %s", load->name,
               load->err.status ? load->err.text : "");
     char text[512];
     snprintf(text, sizeof text, "Success: LoRA adapter '%s' added successfully.", load->name);
     if (c && load->err.status == STATUS_TOO_LARGE)
         respond_refusal(c, 507, load->err.param, NULL, load->err.text);
     else if (c && load->err.status) respond_error(c, &load->err);
+    else if (c && load->put) respond_put(c, load);
     else if (c) respond_text(c, 200, "text/plain", text);
+    adapter_unref(load->adapter);
     free(load->name);
     free(load->path);
     free(load);
+}
+
+static struct load *load_start(struct connection *c, const char *name, const char *path) {
+    struct load *load = mem_zalloc(1, sizeof *load);
+    load->connection = c;
+    load->name = mem_strdup(name);
+    load->path = mem_strdup(path);
+    load->offload.work = load_work;
+    load->offload.done = load_done;
+    c->exchange = load;
+    c->gone = load_gone;
+    return load;
 }
 
 void handle_load_adapter(struct connection *c, const struct http_request *r, const char *tail) {
@@ -227,15 +262,39 @@ void handle_load_adapter(struct connection *c, const struct http_request *r, con
         json_decref(root);
         return;
     }
-    struct load *load = mem_zalloc(1, sizeof *load);
-    load->connection = c;
-    load->name = mem_strdup(name);
-    load->path = mem_strdup(path);
-    load->offload.work = load_work;
-    load->offload.done = load_done;
+    struct load *load = load_start(c, name, path);
     json_decref(root);
-    c->exchange = load;
-    c->gone = load_gone;
+    offload_start(c->api, &load->offload);
+}
+
+// Loads or replaces; with dry_run it only checks, and the name stays as it is.
+void handle_adapter_put(struct connection *c, const struct http_request *r, const char *tail) {
+    struct registry *registry = c->api->setup.registry;
+    struct error err = {0};
+    json_t *root = NULL;
+    const char *path = NULL;
+    bool dry_run = false, pinned = false;
+    enum status status = body_parse(r->body, r->body_bytes, &root, &err);
+    if (!status) status = param_string(root, "path", 4096, &path, &err);
+    if (!status) status = param_bool(root, "dry_run", &dry_run, &err);
+    if (!status) status = param_bool(root, "pinned", &pinned, &err);
+    if (!status && (!path || !*path))
+        status = error_set_param(&err, STATUS_INVALID, "path", "path is needed");
+    if (!status && pinned)
+        status = error_set_param(&err, STATUS_UNSUPPORTED, "pinned", "pinning is not supported");
+    if (!status) status = registry_begin(registry, tail, true, &err);
+    if (status) {
+        respond_error(c, &err);
+        json_decref(root);
+        return;
+    }
+    struct load *load = load_start(c, tail, path);
+    json_decref(root);
+    struct adapter *before = registry_find(registry, tail); // nobody changes it: it is reserved
+    load->replaces = before != NULL;
+    adapter_unref(before);
+    load->put = true;
+    load->dry_run = dry_run;
     offload_start(c->api, &load->offload);
 }
 
@@ -285,6 +344,7 @@ struct unload {
     struct connection *connection; // NULL once the client has gone; the unload goes on
     char *name;
     bool text_answer; // vLLM's form
+    struct adapter *forced; // a reference: its requests end, too; or NULL: they finish
     struct error err;
 };
 
@@ -303,6 +363,9 @@ static void unload_work(struct offload *offload) {
 static void unload_done(struct offload *offload) {
     struct unload *unload = (struct unload *)offload;
     struct connection *c = unload->connection;
+    if (unload->forced && !unload->err.status)
+        engine_force_out(offload->api->engine, unload->forced);
+    adapter_unref(unload->forced);
     char text[512];
     snprintf(text, sizeof text, "Success: LoRA adapter '%s' removed successfully.", unload->name);
     if (c && unload->err.status) respond_error(c, &unload->err);
@@ -313,7 +376,7 @@ static void unload_done(struct offload *offload) {
 }
 
 // The name serves until the store has forgotten it.
-static void unload_start(struct connection *c, const char *name, bool text_answer) {
+static void unload_start(struct connection *c, const char *name, bool text_answer, bool force) {
     struct error err = {0};
     if (registry_begin_remove(c->api->setup.registry, name, &err)) {
         respond_error(c, &err);
@@ -323,6 +386,7 @@ static void unload_start(struct connection *c, const char *name, bool text_answe
     unload->connection = c;
     unload->name = mem_strdup(name);
     unload->text_answer = text_answer;
+    unload->forced = force ? registry_find(c->api->setup.registry, name) : NULL;
     unload->offload.work = unload_work;
     unload->offload.done = unload_done;
     c->exchange = unload;
@@ -339,10 +403,13 @@ void handle_unload_adapter(struct connection *c, const struct http_request *r, c
     if (!status && !name)
         status = error_set_param(&err, STATUS_INVALID, "lora_name", "lora_name is needed");
     if (status) respond_error(c, &err);
-    else unload_start(c, name, true);
+    else unload_start(c, name, true, false);
     json_decref(root);
 }
 
 void handle_adapter_delete(struct connection *c, const struct http_request *r, const char *tail) {
-    unload_start(c, tail, false);
+    bool force = strcmp(r->query, "mode=force") == 0;
+    if (!force && *r->query && strcmp(r->query, "mode=drain") != 0)
+        respond_refusal(c, 400, "mode", NULL, "mode must be drain or force");
+    else unload_start(c, tail, false, force);
 }

@@ -184,6 +184,7 @@ static int decode_path(struct http_parser *p) {
         from += 2;
     }
     *to = 0;
+    p->request.query = *from == '?' ? from + 1 : "";
     return 0;
 }
 

@@ -17,6 +17,7 @@ enum {
 struct http_request {
     char method[16];
     char *path; // percent-decoded, without the query; the parser's
+    const char *query; // raw, "" when absent; the parser's
     char *body; // NUL-terminated; the parser's
     size_t body_bytes;
     char authorization[512]; // "" when absent

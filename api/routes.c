@@ -19,6 +19,7 @@ static const struct route {
     {"POST", "/v1/unload_lora_adapter", false, ACCESS_ADMIN, handle_unload_adapter},
     {"GET", "/v1/adapters", false, ACCESS_USER, handle_adapters},
     {"GET", "/v1/adapters/", true, ACCESS_USER, handle_adapters},
+    {"PUT", "/v1/adapters/", true, ACCESS_ADMIN, handle_adapter_put},
     {"DELETE", "/v1/adapters/", true, ACCESS_ADMIN, handle_adapter_delete},
     {"POST", "/tokenize", false, ACCESS_USER, handle_tokenize},
     {"POST", "/detokenize", false, ACCESS_USER, handle_detokenize},

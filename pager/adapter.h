@@ -40,12 +40,13 @@ struct adapter {
     size_t image_bytes;
     _Atomic int refs;      // registry + requests + residency
     _Atomic bool retired;  // unloaded: no new requests
+    _Atomic bool forced;   // unloaded by force: requests that use it end, too
     _Atomic bool resident; // read by any thread, written by the engine
     _Atomic uint64_t requests, tokens;
+    _Atomic double last_used_s; // monotonic; 0: never resident; the engine writes it
     // Engine thread only:
     int32_t *pages;        // page_count entries once resident
     int running;           // running requests that use it
-    double last_used_s;
     struct adapter *residency_next, *residency_previous;
 };
 

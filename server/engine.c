@@ -305,6 +305,12 @@ void engine_cancel(struct engine *engine, struct request *request) {
     queue_notify(engine->submissions);
 }
 
+void engine_force_out(struct engine *engine, struct adapter *adapter) {
+    atomic_store(&adapter->forced, true);
+    atomic_store(&engine->cancels, true);
+    queue_notify(engine->submissions);
+}
+
 int engine_poll(struct engine *engine, struct engine_event *events, int max) {
     int count = queue_pop(engine->events, events, max), ended = 0;
     for (int i = 0; i < count; i++) ended += events[i].finish != FINISH_NONE;

@@ -70,6 +70,9 @@ const struct lora_geometry *engine_lora_geometry(const struct engine *engine);
 MUST_CHECK enum status engine_submit(struct engine *engine, struct request **requests, int count,
                                      struct error *err);
 void engine_cancel(struct engine *engine, struct request *request); // a terminal event follows
+// Ends every request that uses this generation, running, waiting or submitted later, with
+// STATUS_NOT_FOUND. The name must lead to it no more. API thread.
+void engine_force_out(struct engine *engine, struct adapter *adapter);
 // Up to `max` events; returns how many. The receiver owns event texts.
 int engine_poll(struct engine *engine, struct engine_event *events, int max);
 // Seconds a new request would wait, for Retry-After (at least 1).

@@ -37,6 +37,7 @@ static const char *end_text(enum status status) {
     switch (status) {
     case STATUS_DEVICE: return "the device failed while the request ran";
     case STATUS_CANCELLED: return "the request was cancelled";
+    case STATUS_NOT_FOUND: return "the adapter was unloaded by force while the request used it";
     case STATUS_DEADLINE: return "the request's deadline passed before it was finished";
     case STATUS_SHUTDOWN: return "the server is shutting down";
     default: return status_text(status);
@@ -48,7 +49,8 @@ static void count_end(struct engine *engine, const struct sequence *sequence,
     struct metrics *metrics = engine->metrics;
     if (event->finish == FINISH_STOP) atomic_fetch_add(&metrics->finished_stop, 1);
     else if (event->finish == FINISH_LENGTH) atomic_fetch_add(&metrics->finished_length, 1);
-    else if (event->error == STATUS_CANCELLED || event->error == STATUS_SHUTDOWN)
+    else if (event->error == STATUS_CANCELLED || event->error == STATUS_SHUTDOWN ||
+             event->error == STATUS_NOT_FOUND)
         atomic_fetch_add(&metrics->aborted, 1);
     else atomic_fetch_add(&metrics->failed, 1);
     if (event->finish == FINISH_ABORT) return;

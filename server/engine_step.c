@@ -105,6 +105,8 @@ static enum status must_end(const struct engine *engine, const struct request *r
                             double now_s) {
     if (atomic_load(&engine->failed)) return STATUS_DEVICE;
     if (atomic_load(&request->cancelled)) return STATUS_CANCELLED;
+    for (int i = 0; i < request->adapter_count; i++)
+        if (atomic_load(&request->adapters[i]->forced)) return STATUS_NOT_FOUND;
     if (request->deadline_s > 0 && now_s >= request->deadline_s) return STATUS_DEADLINE;
     if (atomic_load(&engine->draining) && now_s >= atomic_load(&engine->drain_until_s))
         return STATUS_SHUTDOWN;

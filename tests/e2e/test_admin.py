@@ -49,7 +49,7 @@ def test_bad_sources(dummy):
 
 def test_unload_in_flight_drains(dummy):
     load(dummy, "leaving", "dummy:rank=8,seed=21,modules=all")
-    fields = dict(model="leaving", prompt=[5, 5], max_tokens=400)
+    fields = dict(model="leaving", prompt=[5, 5], max_tokens=1900)
     alone, beside = dummy.tokens(**fields), []
     thread = threading.Thread(target=lambda: beside.append(dummy.tokens(**fields)))
     thread.start()
@@ -61,6 +61,52 @@ def test_unload_in_flight_drains(dummy):
     thread.join()
     assert beside == [alone] and other != alone
     unload(dummy, "leaving")
+
+
+def test_put(dummy):
+    path = "/v1/adapters/put"
+    source = {"path": "dummy:rank=4,seed=31,modules=qkvo"}
+    status, checked = dummy.request("PUT", path, {**source, "dry_run": True})
+    assert status == 200 and checked["dry_run"] and checked["rank"] == 4
+    assert set(checked["modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert dummy.request("GET", path)[0] == 404
+    status, made = dummy.request("PUT", path, source)
+    assert status == 201 and made["digest"] == checked["digest"] and made["last_used"] is None
+    begin = int(time.time())
+    first = dummy.tokens(model="put", prompt=[1, 2])
+    assert begin - 1 <= dummy.request("GET", path)[1]["last_used"] <= time.time() + 1
+    other = {"path": "dummy:rank=5,seed=32"}
+    assert dummy.request("PUT", path, {**other, "dry_run": True})[0] == 200
+    assert dummy.tokens(model="put", prompt=[1, 2]) == first
+    status, replaced = dummy.request("PUT", path, other)
+    assert status == 200 and replaced["generation"] > made["generation"]
+    assert dummy.tokens(model="put", prompt=[1, 2]) != first
+    for body in ({}, {"path": ""}, {"path": 1}, {**source, "pinned": True},
+                 {**source, "dry_run": "yes"}, {"path": "dummy:rank=0"}):
+        assert dummy.request("PUT", path, body)[0] == 400, body
+    assert dummy.request("PUT", "/v1/adapters/dummy", source)[0] == 400  # the base model's name
+    assert dummy.request("GET", path)[1]["digest"] == replaced["digest"]
+    assert dummy.request("DELETE", path + "?mode=never")[0] == 400
+    assert dummy.request("DELETE", path + "?mode=drain")[0] == 200
+    assert dummy.request("DELETE", path)[0] == 404
+
+
+def test_delete_by_force_ends_its_requests_alone(dummy):
+    load(dummy, "forced", "dummy:rank=8,seed=41,modules=all")
+    stays = dict(model="a", prompt=[5, 5], max_tokens=1500)
+    alone, beside, ended = dummy.tokens(**stays), [], []
+
+    def ask():
+        ended.append(dummy.complete(model="forced", prompt=[5], max_tokens=1900, ignore_eos=True))
+    threads = [threading.Thread(target=lambda: beside.append(dummy.tokens(**stays))),
+               threading.Thread(target=ask)]
+    [thread.start() for thread in threads]
+    dummy.wait_metric("vllm:num_requests_running", lambda v: v == 2)
+    assert dummy.request("DELETE", "/v1/adapters/forced?mode=force")[0] == 200
+    [thread.join() for thread in threads]
+    assert beside == [alone]
+    assert ended[0][0] == 404 and "by force" in ended[0][1]["error"]["message"], ended
+    assert dummy.complete(model="forced", prompt=[1])[0] == 404
 
 
 def test_paths_stay_inside_the_root(tmp_path):
@@ -180,7 +226,7 @@ def run(*arguments):
 
 def test_start_errors(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    model = ("--model", str(tmp_path), "--load-format", "dummy")
+    model = ("--model", str(tmp_path), "--load-format", "dummy", "--port", "0")
     taken = socket.create_server(("127.0.0.1", 0))
     cases = [((), "--model"), (("--model", "/nowhere"), "config.json"),
              (("--model", str(tmp_path)), "safetensors"), ((*model, "--frob", "1"), "--frob"),

@@ -256,6 +256,42 @@ static void slow_receiver_loses_nothing(void **state) {
 
 // Catches: an unloaded adapter that is taken from a request in flight, or whose pages stay; a
 // request that moves to the generation that replaced its own.
+// One that runs, one that waits and one that arrives later end; a neighbour's tokens stay the same.
+static void forced_adapter_ends_its_requests_alone(void **state) {
+    struct rig rig;
+    struct job alone, other, running, waiting, late;
+    rig_open(&rig, (struct engine_options){.sequences_max = 2, .step_tokens_max = 64}, 60, NULL);
+    struct job *jobs[] = {&alone, &other, &running, &waiting, &late};
+    for (int i = 0; i < 5; i++) {
+        job_init(jobs[i], 1, 20, 20);
+        job_adapter(jobs[i], rig.adapters[i < 2 ? 2 : 3], 1);
+    }
+    rig_submit(&rig, &alone);
+    rig_run(&rig);
+    rig_submit(&rig, &other);
+    rig_submit(&rig, &running);
+    rig_submit(&rig, &waiting);
+    for (int i = 0; i < 3; i++) rig_step(&rig);
+    atomic_store(&rig.adapters[3]->retired, true);
+    engine_force_out(rig.engine, rig.adapters[3]);
+    adapter_unref(rig.adapters[3]);
+    rig.adapters[3] = NULL;
+    rig_step(&rig);
+    rig_submit(&rig, &late);
+    rig_run(&rig);
+    for (int i = 2; i < 5; i++) {
+        assert_int_equal(jobs[i]->finish, FINISH_ABORT);
+        assert_int_equal(jobs[i]->error, STATUS_NOT_FOUND);
+    }
+    assert_int_equal(other.finish, FINISH_LENGTH);
+    assert_memory_equal(other.tokens, alone.tokens, 20 * sizeof *alone.tokens);
+    for (int i = 0; i < 5; i++) job_free(jobs[i]);
+    rig_step(&rig);
+    assert_int_equal(pages(&rig, PAGE_KV), 0);
+    assert_int_equal(pages(&rig, PAGE_ADAPTER), 0);
+    rig_close(&rig);
+}
+
 static void retired_adapter_finishes_in_flight(void **state) {
     struct rig rig;
     struct job first, second, replaced, waiting;
@@ -504,6 +540,7 @@ int main(void) {
         cmocka_unit_test(device_failure_ends_everyone),
         cmocka_unit_test(slow_receiver_loses_nothing),
         cmocka_unit_test(retired_adapter_finishes_in_flight),
+        cmocka_unit_test(forced_adapter_ends_its_requests_alone),
         cmocka_unit_test(idle_adapters_make_room),
         cmocka_unit_test(metrics_tell_the_step),
         cmocka_unit_test(ends_at_ids),
