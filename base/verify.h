@@ -5,8 +5,8 @@
 
 #include <stdint.h>
 
-_Noreturn void verify_fail(const char *file, int line, const char *expression);
-_Noreturn void verify_fail_operands(const char *file, int line, const char *expression,
+__attribute__((noreturn)) void verify_fail(const char *file, int line, const char *expression);
+__attribute__((noreturn)) void verify_fail_operands(const char *file, int line, const char *expression,
                                     long long left, long long right);
 
 #define VERIFY(condition)                                                                          \

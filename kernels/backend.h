@@ -135,6 +135,9 @@ struct backend_ops {
 };
 
 extern const struct backend_ops backend_cpu;
+extern const struct backend_ops backend_cuda; // defined where LORAD_CUDA_BUILT or LORAD_EMULATE is
+// The backend called "cpu" or "cuda"; NULL: this build has none of that name.
+const struct backend_ops *backend_find(const char *name);
 
 #ifdef __cplusplus
 }

@@ -70,12 +70,22 @@ static char *choose_base_id(const struct options *o) {
 
 // ------------------------------------------------------------------ what is served
 
+// "auto" takes the GPU where this build has CUDA and one opens, and says why when it does not.
 static enum status open_backend(struct program *p, struct error *err) {
-    if (strcmp(p->options.device, "cuda") == 0)
-        return error_set(err, STATUS_UNSUPPORTED, "--device cuda: this build has no CUDA backend; "
-                         "use --device cpu");
-    p->ops = &backend_cpu;
+    const char *device = p->options.device;
     struct backend_options options = {.threads = p->options.threads, .dtype = p->dtype};
+    bool automatic = strcmp(device, "auto") == 0;
+    p->ops = backend_find(automatic ? "cuda" : device);
+    if (!p->ops && !automatic)
+        return error_set(err, STATUS_UNSUPPORTED, "--device %s: this build has no such backend; "
+                         "use --device cpu, or build with LORAD_CUDA=ON where nvcc is", device);
+    if (p->ops) {
+        enum status status = p->ops->open(&options, &p->backend, err);
+        if (status == STATUS_OK || !automatic) return status;
+        log_event(LOG_INFO, "cpu_chosen", "%s", err->text);
+        error_clear(err);
+    }
+    p->ops = backend_find("cpu");
     return p->ops->open(&options, &p->backend, err);
 }
 

@@ -20,7 +20,13 @@ static const struct fixture {
 };
 enum { FIXTURES = sizeof fixtures / sizeof *fixtures };
 
+#ifdef LORAD_EMULATE // whole models on the CUDA backend's kernels: tests/emulation
+#define TESTED_BACKEND backend_cuda
+static const struct backend_ops *const backends[] = {&backend_cuda};
+#else
+#define TESTED_BACKEND backend_cpu
 static const struct backend_ops *const backends[] = {&plain_backend, &backend_cpu};
+#endif
 enum { BACKENDS = sizeof backends / sizeof *backends };
 
 static void open_fixture(struct model_rig *rig, const struct backend_ops *ops, int i) {
@@ -177,7 +183,7 @@ static void bf16_stays_close(void **state) {
     static struct run runs[RUNS_MAX];
     for (int f = 0; f < FIXTURES; f++) {
         struct model_rig rig;
-        rig_open(&rig, &backend_cpu, DTYPE_BF16, fixtures[f].name, fixtures[f].adapters);
+        rig_open(&rig, &TESTED_BACKEND, DTYPE_BF16, fixtures[f].name, fixtures[f].adapters);
         int count = open_all_runs(&rig, runs), tokens = 1;
         while (tokens > 0) {
             int counts[RUNS_MAX];

@@ -1,0 +1,300 @@
+// Causal attention over the paged K and V: prefill chunks and decodes in one call.
+//
+// DESIGN. An item is one token of a span and one kv head; a block computes all query heads that share
+// that kv head, so a page is read once for them. It walks the context in parts of PART tokens at
+// fixed positions: scores (a group of lanes per position, 16-byte loads), softmax of the part, P V
+// (a thread per element of the head), and merges parts left to right by their maxima (arXiv
+// 1805.02867). A decode with more than one part is cut into one block a part, and a second kernel
+// merges: the same sums in the same order, so bits depend neither on the batch nor on the cut.
+//
+// Bytes: K and V of the context once per token and kv head. A prefill chunk reads them once a token,
+// from the second-level cache: right but not fast; tiles of queries on tensor cores are to come.
+#include "kernels/cuda/cuda_internal.cuh"
+
+enum {
+    THREADS = 128,
+    WARPS = THREADS / WARP,
+    PART = 256,          // context tokens; the CPU backend's parts
+    HEADS_AT_ONCE = 8,   // query heads whose sums a thread keeps in registers
+    HEAD_SIZE_MAX = 256,
+    SHARED_BYTES_MAX = 48 << 10,
+};
+
+struct attention_item {
+    int32_t token;   // row of the step
+    int32_t context; // positions it sees
+    int32_t pages;   // where its page table begins
+    int32_t part_first, part_count;
+    int32_t partial; // first of its partial results, in rows of all heads; -1: writes y
+};
+
+struct attention_shape {
+    int Q, K, G, D;
+    int lanes; // a position's scores are computed by so many
+    float scale;
+};
+
+// What a block keeps in shared memory, all [G] or [G][...].
+struct shared_state {
+    float *q, *scores, *sum_max, *sum_sum, *part_max, *part_sum, *out, *part_out;
+};
+
+__device__ __host__ static inline size_t shared_floats(const attention_shape &s) {
+    return (size_t)s.G * (3 * (size_t)s.D + PART + 4);
+}
+
+__device__ static inline shared_state shared_carve(const attention_shape &s) {
+    float *at = dynamic_shared<float>();
+    shared_state state;
+    state.q = at;
+    state.out = state.q + s.G * s.D;
+    state.part_out = state.out + s.G * s.D;
+    state.scores = state.part_out + s.G * s.D;
+    state.sum_max = state.scores + s.G * PART;
+    state.sum_sum = state.sum_max + s.G;
+    state.part_max = state.sum_sum + s.G;
+    state.part_sum = state.part_max + s.G;
+    return state;
+}
+
+// ------------------------------------------------------------------ one part
+
+// scores[g][i] of positions first + i, i < n.
+template <typename T>
+__device__ static void part_scores(const attention_shape &s, const paged<T> &pool, const int32_t *pages,
+                                   int head, int first, int n, const shared_state &state) {
+    int at_once = THREADS / s.lanes, lane = threadIdx.x % s.lanes;
+    for (int begin = 0; begin < n; begin += at_once) { // the same number of rounds for every thread
+        int i = begin + threadIdx.x / s.lanes, position = first + i, d = lane * EIGHT;
+        float k[EIGHT] = {0};
+        if (i < n && d < s.D) {
+            const T *row = pool.base + (size_t)pages[position / PAGE_TOKENS] * pool.elems +
+                           (size_t)(head * PAGE_TOKENS + position % PAGE_TOKENS) * (size_t)s.D;
+            if (s.D % EIGHT == 0) load_eight(k, row + d);
+            else
+                for (int e = 0; e < EIGHT && d + e < s.D; e++) k[e] = to_float(row[d + e]);
+        }
+        for (int g = 0; g < s.G; g++) {
+            float dot = 0.0f;
+            for (int e = 0; e < EIGHT && d + e < s.D; e++) dot += state.q[g * s.D + d + e] * k[e];
+            dot = group_sum(dot, s.lanes);
+            if (lane == 0 && i < n) state.scores[g * PART + i] = dot;
+        }
+    }
+}
+
+// Scores -> exponentials below the part's maximum, with their sum. A warp a head.
+__device__ static void part_softmax(const attention_shape &s, int n, const shared_state &state) {
+    int lane = threadIdx.x % WARP;
+    for (int g = threadIdx.x / WARP; g < s.G; g += WARPS) {
+        float *scores = state.scores + g * PART, top = -INFINITY, sum = 0.0f;
+        for (int i = lane; i < n; i += WARP) top = fmaxf(top, scores[i]);
+        top = warp_max(top);
+        for (int i = lane; i < n; i += WARP) {
+            scores[i] = expf(scores[i] - top);
+            sum += scores[i];
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) {
+            state.part_max[g] = top;
+            state.part_sum[g] = sum;
+        }
+    }
+}
+
+// part_out[g][d] = sum of weights x V. A thread an element of the head.
+template <typename T>
+__device__ static void part_values(const attention_shape &s, const paged<T> &pool, const int32_t *pages,
+                                   int head, int first, int n, const shared_state &state) {
+    for (int d = threadIdx.x; d < s.D; d += THREADS)
+        for (int g0 = 0; g0 < s.G; g0 += HEADS_AT_ONCE) {
+            float sums[HEADS_AT_ONCE] = {0};
+            for (int i = 0; i < n; i++) {
+                int position = first + i;
+                size_t row = (size_t)((s.K + head) * PAGE_TOKENS + position % PAGE_TOKENS);
+                float v = to_float(pool.base[(size_t)pages[position / PAGE_TOKENS] * pool.elems +
+                                             row * (size_t)s.D + d]);
+#pragma unroll
+                for (int g = 0; g < HEADS_AT_ONCE; g++)
+                    if (g0 + g < s.G) sums[g] += state.scores[(g0 + g) * PART + i] * v;
+            }
+#pragma unroll
+            for (int g = 0; g < HEADS_AT_ONCE; g++)
+                if (g0 + g < s.G) state.part_out[(g0 + g) * s.D + d] = sums[g];
+        }
+}
+
+// ------------------------------------------------------------------ merging parts
+
+// Two partial sums brought to their larger maximum; fmaf, so that no compiler's choice changes bits.
+__device__ static inline float merged(float sum, float sum_max, float part, float part_max) {
+    float top = fmaxf(sum_max, part_max);
+    return fmaf(part, expf(part_max - top), sum * expf(sum_max - top));
+}
+
+__device__ static void part_merge(const attention_shape &s, bool first, const shared_state &state) {
+    for (int i = threadIdx.x; i < s.G * s.D; i += THREADS) {
+        int g = i / s.D;
+        state.out[i] = first ? state.part_out[i]
+                             : merged(state.out[i], state.sum_max[g], state.part_out[i],
+                                      state.part_max[g]);
+    }
+    __syncthreads();
+    for (int g = threadIdx.x; g < s.G; g += THREADS) {
+        state.sum_sum[g] = first ? state.part_sum[g]
+                                 : merged(state.sum_sum[g], state.sum_max[g], state.part_sum[g],
+                                          state.part_max[g]);
+        state.sum_max[g] = first ? state.part_max[g]
+                                 : fmaxf(state.sum_max[g], state.part_max[g]);
+    }
+    __syncthreads();
+}
+
+// Partial results: rows of [maximum, sum, D outputs], one a query head.
+__device__ static inline float *partial_row(float *partials, const attention_shape &s, int partial, int head) {
+    return partials + ((size_t)partial * (size_t)s.Q + (size_t)head) * (size_t)(s.D + 2);
+}
+
+// ------------------------------------------------------------------ kernels
+
+// Grid (items, kv heads).
+template <typename T>
+__global__ void __launch_bounds__(THREADS)
+    attention_kernel(paged<T> pool, attention_shape s, const attention_item *items, const int32_t *page_tables,
+                     const float *qkv, float *y, float *partials) {
+    shared_state state = shared_carve(s);
+    const attention_item work = items[blockIdx.x];
+    int head = blockIdx.y;
+    const int32_t *pages = page_tables + work.pages;
+    size_t row = (size_t)work.token * (size_t)(s.Q + 2 * s.K);
+    for (int i = threadIdx.x; i < s.G * s.D; i += THREADS)
+        state.q[i] = qkv[(row + (size_t)(head * s.G)) * (size_t)s.D + i] * s.scale;
+    __syncthreads();
+    for (int part = 0; part < work.part_count; part++) {
+        int first = (work.part_first + part) * PART;
+        int n = work.context - first < PART ? work.context - first : PART;
+        part_scores(s, pool, pages, head, first, n, state);
+        __syncthreads();
+        part_softmax(s, n, state);
+        __syncthreads();
+        part_values(s, pool, pages, head, first, n, state);
+        __syncthreads();
+        part_merge(s, part == 0, state);
+    }
+    for (int i = threadIdx.x; i < s.G * s.D; i += THREADS) {
+        int g = i / s.D, d = i % s.D, query = head * s.G + g;
+        if (work.partial < 0) {
+            y[((size_t)work.token * (size_t)s.Q + (size_t)query) * (size_t)s.D + d] =
+                state.out[i] / state.sum_sum[g];
+            continue;
+        }
+        float *to = partial_row(partials, s, work.partial, query);
+        to[2 + d] = state.out[i];
+        if (d == 0) {
+            to[0] = state.sum_max[g];
+            to[1] = state.sum_sum[g];
+        }
+    }
+}
+
+// Grid (split tokens, query heads): `merges` holds for each its token, first partial and their count.
+__global__ void __launch_bounds__(THREADS)
+    merge_kernel(attention_shape s, const attention_item *merges, float *partials, float *y) {
+    const attention_item work = merges[blockIdx.x];
+    int head = blockIdx.y;
+    const float *first = partial_row(partials, s, work.partial, head);
+    for (int d = threadIdx.x; d < s.D; d += THREADS) {
+        float top = first[0], sum = first[1], out = first[2 + d];
+        for (int part = 1; part < work.part_count; part++) {
+            const float *next = partial_row(partials, s, work.partial + part, head);
+            out = merged(out, top, next[2 + d], next[0]);
+            sum = merged(sum, top, next[1], next[0]);
+            top = fmaxf(top, next[0]);
+        }
+        y[((size_t)work.token * (size_t)s.Q + (size_t)head) * (size_t)s.D + d] = out / sum;
+    }
+}
+
+// ------------------------------------------------------------------ the launch's metadata
+
+struct attention_prepared {
+    int items, merges, partials; // counts
+    const attention_item *item_list, *merge_list;
+    const int32_t *pages;
+};
+
+static int parts_of(int context) {
+    return (context + PART - 1) / PART;
+}
+
+// A decode that sees more than a part is cut; what a request gets does not depend on its neighbours.
+static bool is_split(const struct attention_span *span) {
+    return span->token_count == 1 && span->context > PART;
+}
+
+static struct attention_prepared prepare(struct backend *b, const struct attention_span *spans,
+                               int span_count) {
+    struct attention_prepared p = {};
+    size_t page_count = 0;
+    for (int i = 0; i < span_count; i++) {
+        p.items += is_split(&spans[i]) ? parts_of(spans[i].context) : spans[i].token_count;
+        p.merges += is_split(&spans[i]);
+        page_count += (size_t)((spans[i].context + PAGE_TOKENS - 1) / PAGE_TOKENS);
+    }
+    size_t item_bytes = (size_t)(p.items + p.merges) * sizeof(attention_item);
+    size_t bytes = item_bytes + page_count * sizeof(int32_t);
+    char *draft = (char *)cuda_draft(b, bytes);
+    attention_item *items = (attention_item *)draft, *merges = items + p.items;
+    int32_t *pages = (int32_t *)(draft + item_bytes), used = 0;
+    for (int i = 0; i < span_count; i++) {
+        const struct attention_span *span = &spans[i];
+        int count = (span->context + PAGE_TOKENS - 1) / PAGE_TOKENS, parts = parts_of(span->context);
+        memcpy(pages + used, span->pages, (size_t)count * sizeof *pages);
+        if (is_split(span)) {
+            *merges++ = {span->token_first, span->context, used, 0, parts, p.partials};
+            for (int part = 0; part < parts; part++)
+                *items++ = {span->token_first, span->context, used, part, 1, p.partials++};
+        } else {
+            for (int t = 0; t < span->token_count; t++) {
+                int context = span->context - span->token_count + t + 1;
+                *items++ = {span->token_first + t, context, used, 0, parts_of(context), -1};
+            }
+        }
+        used += count;
+    }
+    const char *meta = (const char *)cuda_meta(b, META_ATTENTION, draft, bytes);
+    p.item_list = (const attention_item *)meta;
+    p.merge_list = p.item_list + p.items;
+    p.pages = (const int32_t *)(meta + item_bytes);
+    return p;
+}
+
+void cuda_attention(struct backend *b, int layer, void *y, const void *qkv,
+                    const struct attention_span *spans, int span_count, int query_heads) {
+    VERIFY(b->pool);
+    attention_shape s = {query_heads, b->shape.kv_heads, 0, b->shape.head_size, 1, 0.0f};
+    VERIFY_OP(s.Q % s.K, ==, 0);
+    VERIFY_OP(s.D, <=, HEAD_SIZE_MAX);
+    s.G = s.Q / s.K;
+    s.scale = 1.0f / sqrtf((float)s.D);
+    while (s.lanes * EIGHT < s.D) s.lanes *= 2;
+    size_t shared = shared_floats(s) * sizeof(float);
+    VERIFY_OP(shared, <=, SHARED_BYTES_MAX);
+    struct attention_prepared p = prepare(b, spans, span_count);
+    if (p.items == 0) return;
+    float *partials = (float *)cuda_scratch(
+        b, SCRATCH_PARTIALS, ((size_t)p.partials * (size_t)s.Q * (size_t)(s.D + 2) + 1) *
+                                 sizeof(float));
+    dim3 grid((unsigned)p.items, (unsigned)s.K), block(THREADS);
+    if (b->dtype == DTYPE_BF16)
+        CUDA_LAUNCH(attention_kernel<bf16>, grid, block, shared, b->stream,
+                    cuda_layer<bf16>(b, layer), s, p.item_list, p.pages, (const float *)qkv,
+                    (float *)y, partials);
+    else
+        CUDA_LAUNCH(attention_kernel<float>, grid, block, shared, b->stream,
+                    cuda_layer<float>(b, layer), s, p.item_list, p.pages, (const float *)qkv,
+                    (float *)y, partials);
+    if (p.merges > 0)
+        CUDA_LAUNCH(merge_kernel, dim3((unsigned)p.merges, (unsigned)s.Q), block, 0, b->stream, s,
+                    p.merge_list, partials, (float *)y);
+}

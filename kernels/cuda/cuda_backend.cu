@@ -1,0 +1,206 @@
+// The CUDA backend: opening a device, its memory, metadata, and the table of operations. Engine
+// thread alone, one stream: operations run in the order in which they are queued.
+//
+// It refuses cards below compute capability 8.0 (no bf16). A device error is for good: it is logged
+// once, `health` says no, and the engine ends everybody.
+#include "kernels/cuda/cuda_internal.cuh"
+
+void cuda_check(struct backend *b, cudaError_t error, const char *what) {
+    if (error == cudaSuccess || b->failed) return;
+    b->failed = true;
+    log_event(LOG_ERROR, "cuda", "%s: %s", what, cudaGetErrorString(error));
+}
+
+// ------------------------------------------------------------------ memory
+
+static void *memory_create(struct backend *b, size_t bytes) {
+    void *memory = NULL;
+    if (cudaMalloc(&memory, bytes) != cudaSuccess) {
+        cudaGetLastError(); // being out of memory is not for good
+        return NULL;
+    }
+    cuda_check(b, cudaMemsetAsync(memory, 0, bytes, b->stream), "memset");
+    return memory;
+}
+
+static void memory_destroy(struct backend *b, void *memory) {
+    (void)b;
+    cudaFree(memory);
+}
+
+static void upload(struct backend *b, void *to, const void *from, size_t bytes) {
+    cuda_check(b, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, b->stream), "upload");
+}
+
+static void download(struct backend *b, void *to, const void *from, size_t bytes) {
+    cuda_check(b, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, b->stream), "download");
+}
+
+static void synchronize(struct backend *b) {
+    cuda_check(b, cudaStreamSynchronize(b->stream), "a step");
+    cuda_check(b, cudaGetLastError(), "a launch");
+}
+
+static void device_grow(struct backend *b, struct cuda_buffer *buffer, size_t bytes) {
+    if (buffer->bytes >= bytes) return;
+    size_t room = bytes + bytes / 2 + 4096;
+    if (buffer->memory) {
+        cuda_check(b, cudaStreamSynchronize(b->stream), "a step");
+        cudaFree(buffer->memory);
+    }
+    buffer->memory = NULL;
+    VERIFY(cudaMalloc(&buffer->memory, room) == cudaSuccess);
+    buffer->bytes = room;
+}
+
+void *cuda_scratch(struct backend *b, enum cuda_scratch area, size_t bytes) {
+    device_grow(b, &b->scratch[area], bytes);
+    return b->scratch[area].memory;
+}
+
+static void host_grow(struct cuda_buffer *buffer, size_t bytes) {
+    if (buffer->bytes >= bytes) return;
+    buffer->bytes = bytes + bytes / 2 + 4096;
+    buffer->memory = mem_realloc(buffer->memory, buffer->bytes);
+}
+
+void *cuda_draft(struct backend *b, size_t bytes) {
+    host_grow(&b->draft, bytes);
+    return b->draft.memory;
+}
+
+const void *cuda_meta(struct backend *b, enum cuda_meta kind, const void *data, size_t bytes) {
+    auto *meta = &b->meta[kind];
+    if (meta->bytes == bytes && bytes > 0 && memcmp(meta->host.memory, data, bytes) == 0)
+        return meta->device.memory;
+    host_grow(&meta->host, bytes + 1);
+    device_grow(b, &meta->device, bytes + 1);
+    memcpy(meta->host.memory, data, bytes);
+    meta->bytes = bytes;
+    // From pageable memory: the call returns when the bytes have been taken.
+    upload(b, meta->device.memory, meta->host.memory, bytes);
+    return meta->device.memory;
+}
+
+static void pool_attach(struct backend *b, void *pool, const struct pool_shape *shape) {
+    VERIFY_OP(shape->elem_bytes, ==, dtype_bytes(b->dtype));
+    VERIFY_OP(shape->page_elems, ==, 2 * shape->kv_heads * PAGE_TOKENS * shape->head_size);
+    VERIFY_OP(shape->page_elems % EIGHT, ==, 0);
+    b->pool = pool;
+    b->shape = *shape;
+}
+
+// ------------------------------------------------------------------ open and close
+
+#ifdef LORAD_EMULATE
+
+static enum status device_open(struct backend *b, struct error *err) {
+    (void)b, (void)err;
+    return STATUS_OK;
+}
+
+static void device_close(struct backend *b) {
+    (void)b;
+}
+
+#else
+
+static enum status device_open(struct backend *b, struct error *err) {
+    int count = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaErrorInsufficientDriver)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "the NVIDIA driver is older than this program's CUDA %d.%d; update the "
+                         "driver, or use --device cpu", CUDART_VERSION / 1000,
+                         CUDART_VERSION % 1000 / 10);
+    if (error != cudaSuccess || count == 0)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "no CUDA device (%s); use --device cpu, or see that nvidia-smi lists one",
+                         error == cudaSuccess ? "none is listed" : cudaGetErrorString(error));
+    cudaDeviceProp properties;
+    error = cudaGetDeviceProperties(&properties, 0);
+    if (error == cudaSuccess && properties.major < 8)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "%s has compute capability %d.%d; 8.0 or later is needed (A100, RTX 30 and "
+                         "newer); use --device cpu", properties.name, properties.major,
+                         properties.minor);
+    if (error == cudaSuccess) error = cudaSetDevice(0);
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking);
+    if (error != cudaSuccess)
+        return error_set(err, STATUS_DEVICE, "the CUDA device does not open: %s",
+                         cudaGetErrorString(error));
+    log_event(LOG_INFO, "cuda", "device=\"%s\" capability=%d.%d memory=%zu", properties.name,
+              properties.major, properties.minor, properties.totalGlobalMem);
+    return STATUS_OK;
+}
+
+static void device_close(struct backend *b) {
+    if (b->stream) cudaStreamDestroy(b->stream);
+}
+
+#endif
+
+static void backend_close(struct backend *b) {
+    if (!b) return;
+    synchronize(b);
+    cuda_matmul_close(b);
+    for (int i = 0; i < SCRATCH_KINDS; i++) cudaFree(b->scratch[i].memory);
+    for (int i = 0; i < META_KINDS; i++) {
+        cudaFree(b->meta[i].device.memory);
+        free(b->meta[i].host.memory);
+    }
+    free(b->draft.memory);
+    device_close(b);
+    free(b);
+}
+
+static enum status backend_open(const struct backend_options *options, struct backend **out,
+                                struct error *err) {
+    *out = NULL;
+    if (options->dtype != DTYPE_F32 && options->dtype != DTYPE_BF16)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "the CUDA backend computes in f32 or bf16, not in %s",
+                         dtype_name(options->dtype));
+    struct backend *b = (struct backend *)mem_zalloc(1, sizeof *b);
+    b->dtype = options->dtype;
+    enum status status = device_open(b, err);
+    if (status == STATUS_OK) status = cuda_matmul_open(b, err);
+    if (status != STATUS_OK) {
+        backend_close(b);
+        return status;
+    }
+    *out = b;
+    return STATUS_OK;
+}
+
+static bool health(struct backend *b) {
+    return !b->failed;
+}
+
+extern "C" {
+extern const struct backend_ops backend_cuda = {
+    .name = "cuda",
+    .activation_bytes = sizeof(float),
+    .open = backend_open,
+    .close = backend_close,
+    .health = health,
+    .memory_create = memory_create,
+    .memory_destroy = memory_destroy,
+    .upload = upload,
+    .download = download,
+    .synchronize = synchronize,
+    .pool_attach = pool_attach,
+    .pool_write = cuda_pool_write,
+    .linear_create = cuda_linear_create,
+    .linear_destroy = cuda_linear_destroy,
+    .embed = cuda_embed,
+    .rms_norm = cuda_rms_norm,
+    .linear = cuda_linear,
+    .lora_shrink = cuda_lora_shrink,
+    .lora_expand = cuda_lora_expand,
+    .rope_and_kv_write = cuda_rope_and_kv_write,
+    .attention = cuda_attention,
+    .silu_mul = cuda_silu_mul,
+    .gather_rows = cuda_gather_rows,
+};
+}

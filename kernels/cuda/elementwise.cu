@@ -1,0 +1,186 @@
+// Operations over rows of activations, and writes into pages. Memory-bound; each reads what it needs
+// once. A block works on one row, or a thread on one element.
+#include "kernels/cuda/cuda_internal.cuh"
+
+enum { ROW_THREADS = 256, FLAT_THREADS = 256 };
+
+__device__ static inline size_t flat_index() {
+    return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+}
+
+// ------------------------------------------------------------------ embed, gather, narrow
+
+template <typename T>
+__global__ void embed_kernel(float *y, const T *table, const int32_t *ids, int hidden,
+                             size_t count) {
+    size_t i = flat_index();
+    if (i >= count) return;
+    size_t token = i / (size_t)hidden;
+    y[i] = to_float(table[(size_t)ids[token] * (size_t)hidden + i % (size_t)hidden]);
+}
+
+void cuda_embed(struct backend *b, void *y, const void *table, enum dtype dtype, const int32_t *ids,
+                int tokens, int hidden) {
+    const int32_t *on_device =
+        (const int32_t *)cuda_meta(b, META_IDS, ids, (size_t)tokens * sizeof *ids);
+    size_t count = (size_t)tokens * (size_t)hidden;
+    dim3 grid(cuda_blocks(count, FLAT_THREADS)), block(FLAT_THREADS);
+    float *to = (float *)y;
+    if (dtype == DTYPE_F32)
+        CUDA_LAUNCH(embed_kernel<float>, grid, block, 0, b->stream, to, (const float *)table,
+                    on_device, hidden, count);
+    else if (dtype == DTYPE_BF16)
+        CUDA_LAUNCH(embed_kernel<bf16>, grid, block, 0, b->stream, to, (const bf16 *)table,
+                    on_device, hidden, count);
+    else
+        CUDA_LAUNCH(embed_kernel<f16>, grid, block, 0, b->stream, to, (const f16 *)table,
+                    on_device, hidden, count);
+}
+
+__global__ void gather_kernel(float *y, const float *x, const int32_t *rows, int hidden,
+                              size_t count) {
+    size_t i = flat_index();
+    if (i >= count) return;
+    y[i] = x[(size_t)rows[i / (size_t)hidden] * (size_t)hidden + i % (size_t)hidden];
+}
+
+void cuda_gather_rows(struct backend *b, void *y, const void *x, const int32_t *rows, int count,
+                      int hidden) {
+    const int32_t *on_device =
+        (const int32_t *)cuda_meta(b, META_ROWS, rows, (size_t)count * sizeof *rows);
+    size_t elements = (size_t)count * (size_t)hidden;
+    CUDA_LAUNCH(gather_kernel, dim3(cuda_blocks(elements, FLAT_THREADS)), dim3(FLAT_THREADS), 0,
+                b->stream, (float *)y, (const float *)x, on_device, hidden, elements);
+}
+
+__global__ void narrow_kernel(bf16 *to, const float *from, size_t count) {
+    size_t i = flat_index();
+    if (i < count) to[i] = from_float<bf16>(from[i]);
+}
+
+void cuda_narrow(struct backend *b, bf16 *to, const float *from, size_t count) {
+    CUDA_LAUNCH(narrow_kernel, dim3(cuda_blocks(count, FLAT_THREADS)), dim3(FLAT_THREADS), 0,
+                b->stream, to, from, count);
+}
+
+// ------------------------------------------------------------------ rms_norm, silu
+
+// The sum over the block; every thread has it.
+__device__ static inline float block_sum(float value) {
+    __shared__ float warps[ROW_THREADS / WARP];
+    value = warp_sum(value);
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = value;
+    __syncthreads();
+    float sum = 0.0f;
+    for (int i = 0; i < ROW_THREADS / WARP; i++) sum += warps[i];
+    return sum;
+}
+
+__global__ void __launch_bounds__(ROW_THREADS)
+    rms_norm_kernel(float *y, float *x, const float *residual, const float *gain, float epsilon,
+                    int hidden) {
+    size_t row = (size_t)blockIdx.x * (size_t)hidden;
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < hidden; i += ROW_THREADS) {
+        float value = x[row + i];
+        if (residual) x[row + i] = value += residual[row + i];
+        squares += value * value;
+    }
+    float scale = 1.0f / sqrtf(block_sum(squares) / (float)hidden + epsilon);
+    for (int i = threadIdx.x; i < hidden; i += ROW_THREADS)
+        y[row + i] = x[row + i] * scale * gain[i];
+}
+
+void cuda_rms_norm(struct backend *b, void *y, void *x, const void *residual, const float *gain,
+                   float epsilon, int tokens, int hidden) {
+    CUDA_LAUNCH(rms_norm_kernel, dim3((unsigned)tokens), dim3(ROW_THREADS), 0, b->stream,
+                (float *)y, (float *)x, (const float *)residual, gain, epsilon, hidden);
+}
+
+__global__ void silu_kernel(float *y, const float *gate_up, int ffn, size_t count) {
+    size_t i = flat_index();
+    if (i >= count) return;
+    size_t row = i / (size_t)ffn, column = i % (size_t)ffn;
+    float gate = gate_up[row * 2 * (size_t)ffn + column];
+    float up = gate_up[row * 2 * (size_t)ffn + (size_t)ffn + column];
+    y[i] = gate / (1.0f + expf(-gate)) * up;
+}
+
+void cuda_silu_mul(struct backend *b, void *y, const void *gate_up, int tokens, int ffn) {
+    size_t count = (size_t)tokens * (size_t)ffn;
+    CUDA_LAUNCH(silu_kernel, dim3(cuda_blocks(count, FLAT_THREADS)), dim3(FLAT_THREADS), 0,
+                b->stream, (float *)y, (const float *)gate_up, ffn, count);
+}
+
+// ------------------------------------------------------------------ RoPE and the KV write
+
+// Block (token, head); heads: Q of q, then K of k, then K of v. Thread i has the pair i, i + D/2.
+template <typename T>
+__global__ void rope_kernel(paged<T> pool, float *qkv, const float *cosines, const float *sines,
+                            const int32_t *positions, const int32_t *slots, int Q, int K, int D) {
+    int token = blockIdx.x, head = blockIdx.y, half = D / 2;
+    float *at = qkv + ((size_t)token * (size_t)(Q + 2 * K) + (size_t)head) * (size_t)D;
+    size_t angles = (size_t)positions[token] * (size_t)half;
+    int slot = slots[token];
+    // K[K][PAGE_TOKENS][D] then V[K][PAGE_TOKENS][D]: the heads behind q in their order
+    T *cache = pool.base + (size_t)(slot / PAGE_TOKENS) * pool.elems +
+               (size_t)((head - Q) * PAGE_TOKENS + slot % PAGE_TOKENS) * (size_t)D;
+    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+        float first = at[i], second = at[i + half];
+        if (head < Q + K) {
+            float cosine = cosines[angles + i], sine = sines[angles + i];
+            float turned = first * cosine - second * sine;
+            second = second * cosine + first * sine;
+            first = turned;
+            at[i] = first;
+            at[i + half] = second;
+        }
+        if (head >= Q) {
+            cache[i] = from_float<T>(first);
+            cache[i + half] = from_float<T>(second);
+        }
+    }
+}
+
+void cuda_rope_and_kv_write(struct backend *b, int layer, void *qkv, const float *cosines,
+                            const float *sines, const int32_t *positions, const int32_t *slots,
+                            int tokens, int query_heads) {
+    size_t bytes = (size_t)tokens * sizeof *slots;
+    const int32_t *at = (const int32_t *)cuda_meta(b, META_POSITIONS, positions, bytes);
+    const int32_t *to = (const int32_t *)cuda_meta(b, META_SLOTS, slots, bytes);
+    int K = b->shape.kv_heads, D = b->shape.head_size;
+    dim3 grid((unsigned)tokens, (unsigned)(query_heads + 2 * K));
+    dim3 block(cuda_blocks((size_t)(D / 2), WARP) * WARP);
+    if (b->dtype == DTYPE_BF16)
+        CUDA_LAUNCH(rope_kernel<bf16>, grid, block, 0, b->stream, cuda_layer<bf16>(b, layer),
+                    (float *)qkv, cosines, sines, at, to, query_heads, K, D);
+    else
+        CUDA_LAUNCH(rope_kernel<float>, grid, block, 0, b->stream, cuda_layer<float>(b, layer),
+                    (float *)qkv, cosines, sines, at, to, query_heads, K, D);
+}
+
+// ------------------------------------------------------------------ an adapter's image into pages
+
+template <typename T>
+__global__ void scatter_kernel(paged<T> pool, const T *image, const int32_t *pages, size_t elems) {
+    size_t i = flat_index();
+    if (i < elems) *paged_at(pool, pages, (uint32_t)i) = image[i];
+}
+
+void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
+                     size_t elems) {
+    if (elems == 0) return;
+    size_t page_count = (elems + b->shape.page_elems - 1) / b->shape.page_elems;
+    const int32_t *table =
+        (const int32_t *)cuda_meta(b, META_PAGES, pages, page_count * sizeof *pages);
+    void *staged = cuda_scratch(b, SCRATCH_IMAGE, elems * b->shape.elem_bytes);
+    cuda_check(b, cudaMemcpyAsync(staged, image, elems * b->shape.elem_bytes,
+                                  cudaMemcpyHostToDevice, b->stream), "copy of an adapter");
+    dim3 grid(cuda_blocks(elems, FLAT_THREADS)), block(FLAT_THREADS);
+    if (b->dtype == DTYPE_BF16)
+        CUDA_LAUNCH(scatter_kernel<bf16>, grid, block, 0, b->stream, cuda_layer<bf16>(b, layer),
+                    (const bf16 *)staged, table, elems);
+    else
+        CUDA_LAUNCH(scatter_kernel<float>, grid, block, 0, b->stream, cuda_layer<float>(b, layer),
+                    (const float *)staged, table, elems);
+}

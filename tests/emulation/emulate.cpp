@@ -1,0 +1,214 @@
+// The fibers of emulate.h. x86-64 only: a switch saves the registers that a call must keep.
+#include "tests/emulation/emulate.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <map>
+#include <vector>
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+uint64_t emulate_seed = 1, emulate_launches;
+
+enum { THREADS_MAX = 1024, LANES = 32, STACK_BYTES = 64 << 10, SHARED_MAX = 228 << 10 };
+enum wait { RUNS, AT_BLOCK, AT_WARP, DONE };
+
+struct fiber {
+    void *stack_pointer;
+    char *stack;
+    wait waits;
+    int exchanges; // how many it has begun: its parity names the buffer
+};
+
+static fiber fibers[THREADS_MAX];
+static int fiber_count, current;
+static void *scheduler_pointer;
+static const std::function<void()> *thread_function;
+static const char *kernel_name;
+static float exchanged[2][THREADS_MAX];
+alignas(256) static unsigned char shared_memory[SHARED_MAX];
+
+// emulate_switch(&save, load): pushes what must be kept, changes stacks, pops.
+asm(R"(
+.text
+.globl emulate_switch
+emulate_switch:
+    push %rbp
+    push %rbx
+    push %r12
+    push %r13
+    push %r14
+    push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15
+    pop %r14
+    pop %r13
+    pop %r12
+    pop %rbx
+    pop %rbp
+    ret
+)");
+extern "C" void emulate_switch(void **save, void *load);
+
+[[noreturn]] static void fail(const char *what) {
+    fprintf(stderr, "emulation: %s: block (%u, %u, %u): %s\n", kernel_name, blockIdx.x, blockIdx.y,
+            blockIdx.z, what);
+    abort();
+}
+
+static void wait_for(wait what) {
+    fibers[current].waits = what;
+    emulate_switch(&fibers[current].stack_pointer, scheduler_pointer);
+}
+
+static void fiber_main() {
+    (*thread_function)();
+    wait_for(DONE);
+    fail("a thread that ended was run again");
+}
+
+void __syncthreads() {
+    wait_for(AT_BLOCK);
+}
+
+float warp_exchange(float value, int bits) {
+    int parity = fibers[current].exchanges++ & 1, other = current ^ bits;
+    if (other >= fiber_count) fail("an exchange with a lane that is not there");
+    exchanged[parity][current] = value;
+    wait_for(AT_WARP);
+    return exchanged[parity][other];
+}
+
+void *emulate_dynamic_shared() {
+    return shared_memory;
+}
+
+static uint64_t random_next(uint64_t *state) {
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    return *state >> 33;
+}
+
+static void fiber_start(fiber *f) {
+    if (!f->stack) f->stack = static_cast<char *>(malloc(STACK_BYTES));
+    // As after a call: the stack is 8 off a multiple of 16 when fiber_main begins.
+    void **top = reinterpret_cast<void **>(f->stack + STACK_BYTES) - 2;
+    *top = reinterpret_cast<void *>(fiber_main);
+    f->stack_pointer = top - 6;
+    memset(top - 6, 0, 6 * sizeof *top);
+    f->waits = RUNS;
+    f->exchanges = 0;
+}
+
+static void fiber_run(int index) {
+    current = index;
+    unsigned i = static_cast<unsigned>(index);
+    threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    emulate_switch(&scheduler_pointer, fibers[index].stack_pointer);
+}
+
+// Lets go whoever waits and has company; false when nobody could be let go.
+static bool release() {
+    bool released = false, all = true;
+    for (int warp = 0; warp < fiber_count; warp += LANES) {
+        int at_warp = 0, done = 0, end = warp + LANES < fiber_count ? warp + LANES : fiber_count;
+        for (int i = warp; i < end; i++) {
+            at_warp += fibers[i].waits == AT_WARP;
+            done += fibers[i].waits == DONE;
+            all &= fibers[i].waits == AT_BLOCK;
+        }
+        if (at_warp == 0) continue;
+        if (done > 0 || at_warp < end - warp) continue; // the others of the warp may still come
+        for (int i = warp; i < end; i++) {
+            if (fibers[i].exchanges != fibers[warp].exchanges)
+                fail("lanes of a warp exchange a different number of times");
+            fibers[i].waits = RUNS;
+        }
+        released = true;
+    }
+    if (!released && all) {
+        for (int i = 0; i < fiber_count; i++) fibers[i].waits = RUNS;
+        released = true;
+    }
+    return released;
+}
+
+static void block_run(std::vector<int> &order, size_t shared_bytes) {
+    uint32_t nan = 0x7fc0dead;
+    for (size_t at = 0; at + 4 <= shared_bytes; at += 4) memcpy(shared_memory + at, &nan, 4);
+    for (int i = 0; i < fiber_count; i++) fiber_start(&fibers[i]);
+    for (;;) {
+        int done = 0;
+        for (int index : order) {
+            if (fibers[index].waits == RUNS) fiber_run(index);
+            done += fibers[index].waits == DONE;
+        }
+        if (done == fiber_count) return;
+        if (!release())
+            fail(done > 0 ? "some threads ended while others wait at a barrier"
+                          : "threads wait at different barriers");
+    }
+}
+
+void emulate_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
+                    const std::function<void()> &thread) {
+    kernel_name = name;
+    thread_function = &thread;
+    gridDim = grid;
+    blockDim = block;
+    blockIdx = dim3(0, 0, 0);
+    fiber_count = static_cast<int>(block.x * block.y * block.z);
+    if (fiber_count < 1 || fiber_count > THREADS_MAX) fail("a block has 1 to 1,024 threads");
+    if (fiber_count % LANES != 0) fail("a block here is whole warps");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+        fail("a grid has 1 to 65,535 blocks in y and z");
+    if (shared_bytes > SHARED_MAX) fail("more shared memory than a device has");
+    uint64_t state = emulate_seed + 7919 * ++emulate_launches;
+    std::vector<int> order;
+    for (int i = 0; i < fiber_count; i++) order.push_back(i);
+    for (size_t i = order.size() - 1; i > 0; i--)
+        std::swap(order[i], order[random_next(&state) % (i + 1)]);
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x; x++) {
+                blockIdx = dim3(x, y, z);
+                block_run(order, shared_bytes);
+            }
+}
+
+// ------------------------------------------------------------------ memory that ends with a fault
+
+static std::map<void *, std::pair<void *, size_t>> mappings;
+
+cudaError_t cudaMalloc(void **memory, size_t bytes) {
+    size_t rounded = (bytes + 15) / 16 * 16, pages = (rounded + 4095) / 4096 * 4096;
+    void *mapping = mmap(nullptr, pages + 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED || mprotect(mapping, pages, PROT_READ | PROT_WRITE) != 0)
+        return cudaErrorMemoryAllocation;
+    *memory = static_cast<char *>(mapping) + (pages - rounded);
+    memset(*memory, 0xff, rounded); // NaN, as memory that nobody wrote may be
+    mappings[*memory] = {mapping, pages + 4096};
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *memory) {
+    if (!memory) return cudaSuccess;
+    auto found = mappings.find(memory);
+    if (found == mappings.end()) abort();
+    munmap(found->second.first, found->second.second);
+    mappings.erase(found);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_t) {
+    memset(to, byte, bytes);
+    return cudaSuccess;
+}

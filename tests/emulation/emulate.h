@@ -1,0 +1,72 @@
+// CUDA on one processor, for the kernels of kernels/cuda compiled as plain C++ (LORAD_EMULATE).
+//
+// A block's threads are fibers. Each runs until it must wait: at __syncthreads for its block, at a
+// warp_exchange for its warp. Blocks run one after another, so a __shared__ array is a static one.
+// The order in which threads run is shuffled for every launch from emulate_seed, so that a missing
+// barrier reads what a later thread has not written yet; shared memory is filled with NaN before
+// each block. A barrier that only some threads reach, and a block whose threads wait for each other,
+// abort with a sentence. Device memory ends at a page that faults, so that a read or write past
+// the end does too.
+//
+// What it does not do: memory ordering between blocks, timing, warps of divergent lanes that never
+// meet. It is for indexing, barriers and arithmetic.
+#ifndef LORAD_TESTS_EMULATION_EMULATE_H
+#define LORAD_TESTS_EMULATION_EMULATE_H
+
+#include <functional>
+#include <stddef.h>
+#include <stdint.h>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+#define __restrict__
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+extern "C" uint64_t emulate_seed; // tests set it: another seed, another order of threads
+extern "C" uint64_t emulate_launches;
+
+void emulate_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
+                    const std::function<void()> &thread);
+void *emulate_dynamic_shared();
+void __syncthreads();
+float warp_exchange(float value, int bits);
+
+#define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
+    emulate_launch(#kernel, grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
+
+template <typename T> inline T *dynamic_shared() {
+    return static_cast<T *>(emulate_dynamic_shared());
+}
+
+// ------------------------------------------------------------------ the runtime's few calls
+
+typedef int cudaError_t;
+typedef struct emulated_stream *cudaStream_t;
+enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+
+cudaError_t cudaMalloc(void **memory, size_t bytes);
+cudaError_t cudaFree(void *memory);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_t stream);
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() {
+    return cudaSuccess;
+}
+inline const char *cudaGetErrorString(cudaError_t) {
+    return "emulated";
+}
+
+#endif
