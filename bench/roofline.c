@@ -58,6 +58,8 @@ static void usage(FILE *to) {
             "  --prefill          one sequence of that many tokens; default: that many decodes\n"
             "  --context N        tokens each decode attends to (default 64)\n"
             "  --rank R           each sequence on its own adapter of this rank (default 0: none)\n"
+            "  --device cpu|cuda  default cpu; on cuda the limits are measured through the backend's\n"
+            "                     own operations: silu_mul over 1 GB, a matmul of 4096 x 8192 x 8192\n"
             "  --dtype bf16|f32   of weights and KV (default bf16)\n"
             "  --threads N        default: all cores\n"
             "  --rounds N         the best of so many steps counts (default 5)\n"
@@ -91,8 +93,9 @@ static int options_parse(int argc, char **argv, struct options *o) {
         {"model", 1, 0, 'm'},   {"batch", 1, 0, 'b'},  {"prefill", 0, 0, 'p'},
         {"context", 1, 0, 'c'}, {"rank", 1, 0, 'r'},   {"dtype", 1, 0, 'd'},
         {"threads", 1, 0, 't'}, {"rounds", 1, 0, 'n'}, {"json", 1, 0, 'j'},
-        {"svg", 1, 0, 's'},     {"commit", 1, 0, 'k'}, {"help", 0, 0, 'h'}, {0, 0, 0, 0}};
-    *o = (struct options){.rig = {.dtype = DTYPE_BF16, .context = 64}, .rounds = 5};
+        {"svg", 1, 0, 's'},     {"commit", 1, 0, 'k'}, {"device", 1, 0, 'D'},
+        {"help", 0, 0, 'h'},    {0, 0, 0, 0}};
+    *o = (struct options){.rig = {.device = "cpu", .dtype = DTYPE_BF16, .context = 64}, .rounds = 5};
     batches_parse(o, "1,2,4,8,16,32,64,256");
     cpu_set_t set;
     o->rig.threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
@@ -114,6 +117,7 @@ static int options_parse(int argc, char **argv, struct options *o) {
         case 'j': o->json = optarg; break;
         case 's': o->svg = optarg; break;
         case 'k': o->commit = optarg; break;
+        case 'D': o->rig.device = optarg; break;
         case 'h': usage(stdout); return 1;
         default: usage(stderr); return 3;
         }
@@ -197,6 +201,41 @@ static void layer_run(struct rig *rig, int l, int T, double *since, double *seco
     lap(rig, since, &seconds[OP_DOWN]);
     lora_add(rig, l, rig->gated, (struct target[]){{LORA_DOWN, rig->delta, s->hidden}}, 1, since,
              seconds);
+}
+
+// What a device reaches on big things, through operations that every backend has: bytes read and
+// written by silu_mul, operations of one matmul. Lower bounds of its true limits.
+static struct machine_peak device_peak(struct rig *rig) {
+    enum { ROUNDS = 5, ROWS = 4096, WIDTH = 8192, FFN = 24576 };
+    const struct backend_ops *ops = rig->ops;
+    struct backend *b = rig->backend;
+    struct machine_peak peak = {.has_bf16 = rig->options.dtype == DTYPE_BF16};
+    float *from = ops->memory_create(b, (size_t)ROWS * 2 * FFN * sizeof(float));
+    float *to = ops->memory_create(b, (size_t)ROWS * FFN * sizeof(float));
+    void *weights = mem_zalloc((size_t)WIDTH * WIDTH, sizeof(float));
+    struct linear *linear = NULL;
+    struct error err;
+    if (!from || !to || ops->linear_create(b, weights, DTYPE_F32, WIDTH, WIDTH, &linear, &err)) {
+        fprintf(stderr, "lorad-bench roofline: no memory to measure the device's limits\n");
+        exit(1);
+    }
+    for (int round = 0; round <= ROUNDS; round++) { // the first one warms up
+        double since = clock_seconds(), copy = 0, multiply = 0;
+        ops->silu_mul(b, to, from, ROWS, FFN);
+        lap(rig, &since, &copy);
+        ops->linear(b, linear, to, from, ROWS);
+        lap(rig, &since, &multiply);
+        double bytes = 3.0 * ROWS * FFN * sizeof(float), flops = 2.0 * ROWS * WIDTH * WIDTH;
+        if (round == 0) continue;
+        if (bytes / copy > peak.read_bytes_per_s) peak.read_bytes_per_s = bytes / copy;
+        if (flops / multiply > peak.bf16_flops_per_s) peak.bf16_flops_per_s = flops / multiply;
+    }
+    peak.f32_flops_per_s = peak.bf16_flops_per_s; // of the type that was asked for
+    ops->linear_destroy(b, linear);
+    ops->memory_destroy(b, from);
+    ops->memory_destroy(b, to);
+    free(weights);
+    return peak;
 }
 
 static int logit_rows(const struct rig *rig, int T) {
@@ -329,9 +368,9 @@ static json_t *report_head(const struct options *o, const struct machine_peak *p
                            json_t *steps) {
     char *cpu = cpu_name();
     json_t *root = json_pack(
-        "{s:s,s:s,s:{s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:i,s:i,s:b,s:o}", "what",
+        "{s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:i,s:i,s:b,s:o}", "what",
         "operations of a step against max(bytes / bandwidth, flops / peak)", "commit",
-        o->commit ? o->commit : "", "machine", "cpu", cpu, "threads", o->rig.threads, "limits",
+        o->commit ? o->commit : "", "machine", "cpu", cpu, "device", o->rig.device, "threads", o->rig.threads, "limits",
         "read_bytes_per_s", peak->read_bytes_per_s, "f32_flops_per_s", peak->f32_flops_per_s,
         "bf16_flops_per_s", peak->bf16_flops_per_s, "model", o->rig.model, "dtype",
         dtype_name(o->rig.dtype), "context", o->rig.context, "rank", o->rig.rank, "prefill",
@@ -378,12 +417,15 @@ int roofline_main(int argc, char **argv) {
     struct options options;
     int parsed = options_parse(argc, argv, &options);
     if (parsed != 0) return parsed - 1;
-    struct machine_peak peak = machine_peak_measure(options.rig.threads);
-    printf("%d threads: read %.1f GB/s, f32 %.0f GFLOP/s, bf16 %.0f GFLOP/s\n",
-           options.rig.threads, peak.read_bytes_per_s / 1e9, peak.f32_flops_per_s / 1e9,
-           peak.bf16_flops_per_s / 1e9);
     struct rig rig;
+    bool host = strcmp(options.rig.device, "cpu") == 0;
+    struct machine_peak peak = {0};
+    if (host) peak = machine_peak_measure(options.rig.threads);
     if (!rig_init(&rig, &options.rig)) return 1;
+    if (!host) peak = device_peak(&rig);
+    printf("%s, %d threads: read %.1f GB/s, f32 %.0f GFLOP/s, bf16 %.0f GFLOP/s\n",
+           options.rig.device, options.rig.threads, peak.read_bytes_per_s / 1e9, peak.f32_flops_per_s / 1e9,
+           peak.bf16_flops_per_s / 1e9);
     struct step_cost steps[BATCHES_MAX] = {0};
     json_t *list = json_array();
     for (int i = 0; i < options.batch_count; i++) {

@@ -63,6 +63,14 @@ static void fill(void *to, enum dtype dtype, size_t count) {
     }
 }
 
+static void fill_device(struct rig *rig, float *to, size_t count) {
+    float *values = mem_alloc(count * sizeof *values);
+    fill(values, DTYPE_F32, count);
+    rig->ops->upload(rig->backend, to, values, count * sizeof *values);
+    rig->ops->synchronize(rig->backend);
+    free(values);
+}
+
 static struct linear *linear_make(struct rig *rig, const void *weights, int out, int in) {
     struct linear *linear;
     struct error err;
@@ -114,9 +122,9 @@ static void activations_make(struct rig *rig) {
     rig->slots = mem_zalloc(T, sizeof(int32_t));
     rig->spans = mem_zalloc(T, sizeof *rig->spans);
     rig->segments = mem_zalloc(T, sizeof *rig->segments);
-    fill(rig->gain, DTYPE_F32, H);
-    fill(rig->cosines, DTYPE_F32, positions * half);
-    fill(rig->x, DTYPE_F32, T * H);
+    fill_device(rig, rig->gain, H);
+    fill_device(rig, rig->cosines, positions * half);
+    fill_device(rig, rig->x, T * H);
 }
 
 // Modules side by side in one image: A then B of each, as pager/adapter.h has them.
@@ -201,7 +209,11 @@ void rig_step(struct rig *rig, int tokens) {
 }
 
 bool rig_init(struct rig *rig, const struct rig_options *options) {
-    *rig = (struct rig){.options = *options, .ops = &backend_cpu};
+    *rig = (struct rig){.options = *options, .ops = backend_find(options->device)};
+    if (!rig->ops) {
+        fprintf(stderr, "lorad-bench roofline: this build has no backend '%s'\n", options->device);
+        return false;
+    }
     if (!shape_read(options->model, &rig->shape)) return false;
     struct backend_options open = {.threads = options->threads, .dtype = options->dtype};
     struct error err;

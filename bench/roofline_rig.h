@@ -16,6 +16,7 @@ struct rig_layer {
 
 struct rig_options {
     const char *model; // folder with config.json
+    const char *device; // cpu or cuda
     enum dtype dtype;
     int threads, context, rank;
     bool prefill;      // one sequence of all tokens; else one token a sequence
@@ -31,7 +32,7 @@ struct rig {
     struct rig_layer *layers;
     struct linear *head;
     float *gain, *cosines, *sines;
-    float *x, *normed, *qkv, *heads, *delta, *gate_up, *gated, *logits, *v;
+    float *x, *normed, *qkv, *heads, *delta, *gate_up, *gated, *logits, *v; // device memory
     int32_t *positions, *slots;
     struct attention_span *spans;
     struct lora_segment *segments;

@@ -99,6 +99,9 @@ static void cpu_pool_write(struct backend *b, int layer, const int32_t *pages, c
 static enum status wants_dnnl(enum dtype dtype, bool *wanted, struct error *err) {
     const char *choice = getenv("LORAD_CPU_LINEAR");
     *wanted = dtype == DTYPE_BF16 && cpu_isa_has_amx();
+#ifdef LORAD_NO_DNNL
+    *wanted = false; // unless it is asked for: then opening it says why not
+#endif
     if (!choice || !*choice) return STATUS_OK;
     *wanted = strcmp(choice, "onednn") == 0;
     if (*wanted || strcmp(choice, "own") == 0) return STATUS_OK;

@@ -5,6 +5,7 @@
 // other number of tokens uses that copy. A primitive is made once for each matrix shape and number
 // of rows: a step's T is cut into pieces of at most PIECE_ROWS, a multiple of 64 and a rest, so
 // that there are few. Unlike our own tiles, oneDNN does not promise the same bits for every T.
+#ifndef LORAD_NO_DNNL
 #include "kernels/cpu/cpu_internal.h"
 
 #include "base/memory.h"
@@ -272,3 +273,5 @@ void cpu_dnnl_linear(struct backend *b, const struct dnnl_linear *linear, float 
         from += (size_t)rows * in * bytes;
     }
 }
+
+#endif

@@ -106,8 +106,11 @@ static void device_close(struct backend *b) {
 #else
 
 static enum status device_open(struct backend *b, struct error *err) {
-    int count = 0;
+    int count = 0, driver = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
+    if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)
+        return error_set(err, STATUS_UNSUPPORTED,
+                         "no NVIDIA driver is installed; use --device cpu");
     if (error == cudaErrorInsufficientDriver)
         return error_set(err, STATUS_UNSUPPORTED,
                          "the NVIDIA driver is older than this program's CUDA %d.%d; update the "
@@ -142,7 +145,7 @@ static void device_close(struct backend *b) {
 
 static void backend_close(struct backend *b) {
     if (!b) return;
-    synchronize(b);
+    if (b->matmul) synchronize(b); // else it never opened
     cuda_matmul_close(b);
     for (int i = 0; i < SCRATCH_KINDS; i++) cudaFree(b->scratch[i].memory);
     for (int i = 0; i < META_KINDS; i++) {

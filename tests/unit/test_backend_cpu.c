@@ -6,7 +6,9 @@
 // that the tolerances bound accumulation alone.
 #include "base/memory.h"
 #include "kernels/backend.h"
+#if !defined LORAD_EMULATE && !defined LORAD_GPU
 #include "kernels/cpu/cpu_threads.h"
+#endif
 
 #include <math.h>
 #include <setjmp.h>
@@ -25,7 +27,12 @@ struct setup {
     const char *linear;
 };
 
-#ifdef LORAD_EMULATE // the same tests of the CUDA backend: tests/emulation
+#ifdef LORAD_GPU // the same tests on a GPU: bench/gpu/smoke.sh
+extern const struct backend_ops backend_cuda_host;
+static const struct setup setups[] = {{"gpu", DTYPE_F32, 1, "cublas"},
+                                      {"gpu", DTYPE_BF16, 1, "cublas"}};
+static const struct backend_ops *const ops = &backend_cuda_host;
+#elif defined LORAD_EMULATE // and of the CUDA backend emulated: tests/emulation
 extern uint64_t emulate_seed;
 static const struct setup setups[] = {{"emulated", DTYPE_F32, 1, "own"},
                                       {"emulated", DTYPE_BF16, 1, "own"}};
@@ -71,7 +78,9 @@ static struct backend *open_setup(const struct setup *setup) {
     struct backend *b = NULL;
     struct error err = {0};
     enum status status = ops->open(&options, &b, &err);
+#ifndef LORAD_GPU // there, nothing may be passed over
     if (status == STATUS_UNSUPPORTED && strcmp(setup->isa, "scalar") != 0) return NULL;
+#endif
     if (status != STATUS_OK) fail_msg("%s", err.text);
     random_state = 42;
     return b;
@@ -684,7 +693,7 @@ static void test_lora(void **state) {
     }
 }
 
-#ifndef LORAD_EMULATE
+#if !defined LORAD_EMULATE && !defined LORAD_GPU
 // ------------------------------------------------------------------ opening, and the threads
 
 static void test_open_refuses(void **state) {
@@ -750,7 +759,7 @@ int main(void) {
         cmocka_unit_test(test_embed_and_gather),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_lora),
-#ifndef LORAD_EMULATE
+#if !defined LORAD_EMULATE && !defined LORAD_GPU
         cmocka_unit_test(test_open_refuses),
         cmocka_unit_test(test_threads),
 #endif

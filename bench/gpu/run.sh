@@ -1,0 +1,109 @@
+#!/bin/bash
+# The one call on a GPU machine: correctness, then figures, inside ten minutes. Carry build-gpu/bin
+# (bench/gpu/pack.sh makes it); results go to $OUT (default bench/results). A stage that fails is
+# reported and the next ones run; the exit status is the number of stages that failed.
+# At most seven files come out.
+#   EMULATE=1   the same stages on this processor, tiny shapes, CUDA emulated (build/ must be built)
+#   STAGES="operations greedy roofline serve"   which to run
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+out=${OUT:-bench/results}
+bin=${BIN:-build-gpu/bin}
+commit=$(git rev-parse HEAD 2>/dev/null || cat build-gpu/commit 2>/dev/null || echo unknown)
+stages=${STAGES:-operations greedy roofline serve}
+emulate=${EMULATE:-}
+lorad=$bin/lorad
+cuda_lorad=$lorad
+bench=$bin/lorad-bench
+if [ -n "$emulate" ]; then
+    build=${BUILD:-build}
+    lorad=$build/lorad
+    cuda_lorad=$build/tests/emulation/lorad-emulated
+    bench=$build/lorad-bench
+fi
+mkdir -p "$out"
+rm -f "$out/gpu-log.txt"
+failed=0
+logs=$(mktemp -d)
+summary=$out/gpu-summary.md
+device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null ||
+    echo "no GPU: emulated")
+printf '# GPU run\n\n%s, %s, commit %s\n\n| stage | s | result |\n|---|---:|---|\n' "$device" \
+    "$(date -u +%F)" "$commit" >"$summary"
+
+stage() { # name limit_s command...
+    local name=$1 limit=$2 begin=$SECONDS log=$logs/$1
+    shift 2
+    case " $stages " in *" $name "*) ;; *) return ;; esac
+    echo "== $name"
+    if timeout "$limit" "$@" >"$log" 2>&1; then result=ok; else
+        result="FAILED ($?)"
+        failed=$((failed + 1))
+    fi
+    tail -n 12 "$log"
+    { echo "== $name"; cat "$log"; } >>"$out/gpu-log.txt"
+    printf '| %s | %d | %s |\n' "$name" $((SECONDS - begin)) "$result" >>"$summary"
+}
+
+operations() {
+    if [ -n "$emulate" ]; then "$build/tests/emulation/test_cuda_operations"; else
+        bench/gpu/smoke.sh; fi
+}
+
+greedy() {
+    python3 bench/gpu/greedy.py "$lorad" cpu "$cuda_lorad" cuda
+}
+
+roofline() {
+    local model=bench/models/llama-2-7b device=cuda batches=1,16,32,64 rank
+    if [ -n "$emulate" ]; then
+        model=$(mktemp -d) device=cpu batches=1,2
+        sed 's/"hidden_size": 4096/"hidden_size": 256/; s/11008/256/; s/_layers": 32/_layers": 2/' \
+            bench/models/llama-2-7b/config.json >"$model/config.json"
+    fi
+    for rank in 0 16 64; do
+        "$bench" roofline --device $device --model "$model" --batch $batches --context 512 \
+            --rank $rank --rounds 5 --commit "$commit" --json "$out/gpu-roofline-r$rank.json" ||
+            return 1
+    done
+}
+
+# S-LoRA's S1 shape over the real server: 7B, rank 8 on q k v o, in and out U[8, 512].
+serve() {
+    local model=bench/models/llama-2-7b device=cuda count=100 args=() load=(--rate 10 --duration 60)
+    local limits=(--max-step-tokens 2048 --max-seqs 256 --max-model-len 1024 --pool-bytes 48GiB)
+    if [ -n "$emulate" ]; then
+        count=3 load=(--rate 5 --requests 5 --input 4:8 --output 2:4)
+        limits=(--pool-bytes 16MiB)
+        model=$(mktemp -d)
+        sed 's/"hidden_size": 4096/"hidden_size": 128/; s/11008/128/; s/_layers": 32/_layers": 2/
+             s/_heads": 32/_heads": 4/; s/32000/512/' bench/models/llama-2-7b/config.json \
+            >"$model/config.json"
+    fi
+    for ((i = 0; i < count; i++)); do
+        args+=(--adapter "a$i=dummy:rank=8,seed=$i,modules=qkvo")
+    done
+    "$cuda_lorad" serve --model "$model" --load-format dummy --device $device --port 18090 \
+        "${limits[@]}" "${args[@]}" >"$logs/server" 2>&1 &
+    local server=$! status=1
+    for ((i = 0; i < 120; i++)); do
+        grep -q "listening on" "$logs/server" && break
+        kill -0 $server 2>/dev/null || break
+        sleep 1
+    done
+    "$bench" --url http://127.0.0.1:18090 "${load[@]}" --commit "$commit" \
+        --json "$out/gpu-s1-$count.json" --report "$out/gpu-s1-$count.html" && status=0
+    kill $server
+    wait $server
+    tail -n 3 "$logs/server"
+    return $status
+}
+
+export -f operations greedy roofline serve
+export out logs emulate build lorad cuda_lorad bench commit
+stage operations 150 bash -c operations
+stage greedy 60 bash -c greedy
+stage roofline 180 bash -c roofline
+stage serve 200 bash -c serve
+cat "$summary"
+exit $failed
