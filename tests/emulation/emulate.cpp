@@ -92,6 +92,11 @@ static uint64_t random_next(uint64_t *state) {
     return *state >> 33;
 }
 
+template <typename T> static void shuffle(uint64_t *state, std::vector<T> *list) {
+    for (size_t i = list->size() - 1; i > 0; i--)
+        std::swap((*list)[i], (*list)[random_next(state) % (i + 1)]);
+}
+
 static void fiber_start(fiber *f) {
     if (!f->stack) f->stack = static_cast<char *>(malloc(STACK_BYTES));
     // As after a call: the stack is 8 off a multiple of 16 when fiber_main begins.
@@ -110,46 +115,47 @@ static void fiber_run(int index) {
     emulate_switch(&scheduler_pointer, fibers[index].stack_pointer);
 }
 
-// Lets go whoever waits and has company; false when nobody could be let go.
-static bool release() {
-    bool released = false, all = true;
-    for (int warp = 0; warp < fiber_count; warp += LANES) {
-        int at_warp = 0, done = 0, end = warp + LANES < fiber_count ? warp + LANES : fiber_count;
-        for (int i = warp; i < end; i++) {
-            at_warp += fibers[i].waits == AT_WARP;
-            done += fibers[i].waits == DONE;
-            all &= fibers[i].waits == AT_BLOCK;
-        }
-        if (at_warp == 0) continue;
-        if (done > 0 || at_warp < end - warp) continue; // the others of the warp may still come
-        for (int i = warp; i < end; i++) {
-            if (fibers[i].exchanges != fibers[warp].exchanges)
-                fail("lanes of a warp exchange a different number of times");
-            fibers[i].waits = RUNS;
-        }
-        released = true;
+// Runs a warp's threads until each waits or has ended; lets them go again when they met.
+static void warp_run(int warp, const std::vector<int> &lanes) {
+    int end = warp + LANES, at_warp = 0;
+    for (int lane : lanes)
+        if (fibers[warp + lane].waits == RUNS) fiber_run(warp + lane);
+    for (int i = warp; i < end; i++) at_warp += fibers[i].waits == AT_WARP;
+    if (at_warp == 0) return;
+    if (at_warp < LANES) fail("some lanes of a warp exchange, others wait or have ended");
+    for (int i = warp; i < end; i++) {
+        if (fibers[i].exchanges != fibers[warp].exchanges)
+            fail("lanes of a warp exchange a different number of times");
+        fibers[i].waits = RUNS;
     }
-    if (!released && all) {
-        for (int i = 0; i < fiber_count; i++) fibers[i].waits = RUNS;
-        released = true;
-    }
-    return released;
 }
 
-static void block_run(std::vector<int> &order, size_t shared_bytes) {
+static bool warp_runs(int warp) {
+    for (int i = warp; i < warp + LANES; i++)
+        if (fibers[i].waits == RUNS) return true;
+    return false;
+}
+
+// Warps go ahead of each other as chance has it, as far as barriers let them.
+static void block_run(uint64_t *random, const std::vector<int> &lanes, size_t shared_bytes) {
     uint32_t nan = 0x7fc0dead;
     for (size_t at = 0; at + 4 <= shared_bytes; at += 4) memcpy(shared_memory + at, &nan, 4);
     for (int i = 0; i < fiber_count; i++) fiber_start(&fibers[i]);
     for (;;) {
-        int done = 0;
-        for (int index : order) {
-            if (fibers[index].waits == RUNS) fiber_run(index);
-            done += fibers[index].waits == DONE;
+        int runnable[THREADS_MAX / LANES], count = 0, done = 0, at_block = 0;
+        for (int warp = 0; warp < fiber_count; warp += LANES)
+            if (warp_runs(warp)) runnable[count++] = warp;
+        if (count > 0) {
+            warp_run(runnable[random_next(random) % static_cast<uint64_t>(count)], lanes);
+            continue;
+        }
+        for (int i = 0; i < fiber_count; i++) {
+            done += fibers[i].waits == DONE;
+            at_block += fibers[i].waits == AT_BLOCK;
         }
         if (done == fiber_count) return;
-        if (!release())
-            fail(done > 0 ? "some threads ended while others wait at a barrier"
-                          : "threads wait at different barriers");
+        if (at_block < fiber_count) fail("some threads ended while others wait at a barrier");
+        for (int i = 0; i < fiber_count; i++) fibers[i].waits = RUNS;
     }
 }
 
@@ -167,16 +173,16 @@ void emulate_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes
         fail("a grid has 1 to 65,535 blocks in y and z");
     if (shared_bytes > SHARED_MAX) fail("more shared memory than a device has");
     uint64_t state = emulate_seed + 7919 * ++emulate_launches;
-    std::vector<int> order;
-    for (int i = 0; i < fiber_count; i++) order.push_back(i);
-    for (size_t i = order.size() - 1; i > 0; i--)
-        std::swap(order[i], order[random_next(&state) % (i + 1)]);
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                blockIdx = dim3(x, y, z);
-                block_run(order, shared_bytes);
-            }
+    std::vector<int> lanes;
+    for (int i = 0; i < LANES; i++) lanes.push_back(i);
+    shuffle(&state, &lanes);
+    std::vector<unsigned> blocks(grid.x * grid.y * grid.z);
+    for (unsigned i = 0; i < blocks.size(); i++) blocks[i] = i;
+    shuffle(&state, &blocks);
+    for (unsigned i : blocks) {
+        blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+        block_run(&state, lanes, shared_bytes);
+    }
 }
 
 // ------------------------------------------------------------------ memory that ends with a fault

@@ -2,11 +2,11 @@
 //
 // A block's threads are fibers. Each runs until it must wait: at __syncthreads for its block, at a
 // warp_exchange for its warp. Blocks run one after another, so a __shared__ array is a static one.
-// The order in which threads run is shuffled for every launch from emulate_seed, so that a missing
-// barrier reads what a later thread has not written yet; shared memory is filled with NaN before
-// each block. A barrier that only some threads reach, and a block whose threads wait for each other,
-// abort with a sentence. Device memory ends at a page that faults, so that a read or write past
-// the end does too.
+// The orders of blocks, of warps and of a warp's lanes are shuffled from emulate_seed, and warps run
+// ahead of each other as far as barriers let them, so that a missing barrier reads what a later
+// thread has not written yet; dynamic shared memory is filled with NaN before each block. A barrier
+// or an exchange that only some threads reach aborts with a sentence. Device memory ends at a page
+// that faults, so that a read or write past the end does too.
 //
 // What it does not do: memory ordering between blocks, timing, warps of divergent lanes that never
 // meet. It is for indexing, barriers and arithmetic.
