@@ -81,7 +81,8 @@ static enum status open_backend(struct program *p, struct error *err) {
                          "use --device cpu, or build with LORAD_CUDA=ON where nvcc is", device);
     if (p->ops) {
         enum status status = p->ops->open(&options, &p->backend, err);
-        if (status == STATUS_OK || !automatic) return status;
+        if (status == STATUS_OK) return status;
+        if (!automatic) return error_prefix(err, "--device %s", device);
         log_event(LOG_INFO, "cpu_chosen", "%s", err->text);
         error_clear(err);
     }
