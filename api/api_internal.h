@@ -84,8 +84,9 @@ void route(struct connection *connection, const struct http_request *request);
 // keys.c: NULL path gives NULL; a missing or empty file is an error.
 MUST_CHECK enum status keys_load(const char *path, struct keys **out, struct error *err);
 void keys_destroy(struct keys *keys);
-// Constant-time over all keys. `authorization` is the header's value.
-bool keys_match(const struct keys *keys, const char *authorization);
+// 1 for the first key, and so on; 0: none of them. Constant-time over all keys. `authorization` is the
+// header's value.
+int keys_find(const struct keys *keys, const char *authorization);
 
 // Handlers. `tail` is what follows the route's prefix ("" when nothing).
 void handle_completions(struct connection *c, const struct http_request *r, const char *tail);

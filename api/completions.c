@@ -351,7 +351,9 @@ static enum status build(struct builder *b) {
         (status = param_string(b->root, "request_id", 64, &request_id, b->err)) ||
         (status = read_model(b)))
         return status;
-    if (user) snprintf(b->pattern->tenant, sizeof b->pattern->tenant, "%.63s", user);
+    // Keys cannot be made up, users can: with keys, the key is the tenant.
+    if (c->key > 0) snprintf(b->pattern->tenant, sizeof b->pattern->tenant, "key-%d", c->key);
+    else if (user) snprintf(b->pattern->tenant, sizeof b->pattern->tenant, "%.63s", user);
     if (request_id) snprintf(c->id, sizeof c->id, "cmpl-%.64s", request_id);
     return read_prompts(b);
 }
@@ -402,6 +404,7 @@ void handle_completions(struct connection *connection, const struct http_request
     c->api = api;
     c->connection = connection;
     c->created = (int64_t)time(NULL);
+    c->key = keys_find(api->api_keys, r->authorization);
     c->body = mem_strndup(r->body, r->body_bytes);
     c->body_bytes = r->body_bytes;
     snprintf(c->id, sizeof c->id, "cmpl-%llx%06llx", (unsigned long long)api->created,

@@ -28,6 +28,7 @@ struct completion {
     struct connection *connection;
     char *body;
     size_t body_bytes;
+    int key; // keys_find: whose key came with it
     struct error err;
     bool stream, include_usage, continuous_usage, echo, return_token_ids;
     int n, logprobs;

@@ -49,17 +49,17 @@ void keys_destroy(struct keys *keys) {
     free(keys);
 }
 
-bool keys_match(const struct keys *keys, const char *authorization) {
+int keys_find(const struct keys *keys, const char *authorization) {
     char given[KEY_BYTES_MAX] = {0};
-    if (!keys || strncasecmp(authorization, "Bearer ", 7) != 0) return false;
-    if (strlen(authorization + 7) >= KEY_BYTES_MAX) return false;
+    if (!keys || strncasecmp(authorization, "Bearer ", 7) != 0) return 0;
+    if (strlen(authorization + 7) >= KEY_BYTES_MAX) return 0;
     memcpy(given, authorization + 7, strlen(authorization + 7));
-    unsigned char found = 0;
+    int found = 0;
     for (int i = 0; i < keys->count; i++) {
         unsigned char difference = 0;
         for (int j = 0; j < KEY_BYTES_MAX; j++)
             difference |= (unsigned char)(given[j] ^ keys->key[i][j]);
-        found |= difference == 0;
+        found |= (i + 1) & -(difference == 0); // no branch on what was right
     }
     return found;
 }

@@ -40,8 +40,8 @@ static bool path_matches(const struct route *route, const char *path) {
 static bool admitted(struct connection *c, const struct http_request *r, enum access access) {
     const struct api *api = c->api;
     if (access == ACCESS_OPEN) return true;
-    bool admin = keys_match(api->admin_keys, r->authorization);
-    bool user = admin || keys_match(api->api_keys, r->authorization);
+    bool admin = keys_find(api->admin_keys, r->authorization) > 0;
+    bool user = admin || keys_find(api->api_keys, r->authorization) > 0;
     if (access == ACCESS_USER && (user || !api->api_keys)) return true;
     if (access == ACCESS_ADMIN && (admin || (!api->admin_keys && !api->api_keys))) return true;
     if (access == ACCESS_ADMIN && user)

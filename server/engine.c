@@ -81,6 +81,10 @@ static void scratch_create(struct engine *engine) {
     engine->sched_scratch = sched_scratch_create(options->sequences_max);
     engine->sampler_scratch = sampler_scratch_create(engine->config.vocabulary);
     engine->waiting_max = options->queue_max + options->sequences_max;
+    engine->tenants =
+        tenants_create(engine->waiting_max + options->sequences_max, options->tenant_weights,
+                       options->tenant_weight_count);
+    engine->window = mem_zalloc(SCHED_WINDOW, sizeof *engine->window);
     engine->running = mem_zalloc((size_t)options->sequences_max, sizeof *engine->running);
     engine->waiting_list = mem_zalloc((size_t)engine->waiting_max, sizeof *engine->waiting_list);
     engine->arrived = mem_zalloc((size_t)options->queue_max, sizeof *engine->arrived);
@@ -149,6 +153,7 @@ static void abandon_all(struct engine *engine) {
                                                         : engine->waiting_list[0];
         sequence = sequence_of(item);
         engine_release(engine, sequence, now);
+        tenants_leave(engine->tenants, sequence->item.tenant);
         sequence_end(sequence);
         sequence_destroy(sequence);
     }
@@ -175,6 +180,8 @@ void engine_destroy(struct engine *engine) {
     free(engine->page_tags);
     free(engine->running);
     free(engine->waiting_list);
+    tenants_destroy(engine->tenants);
+    free(engine->window);
     free(engine->arrived);
     free(engine->step_events);
     free(engine);

@@ -13,6 +13,7 @@
 #include "server/registry.h"
 #include "server/request.h"
 #include "server/sampler.h"
+#include "server/tenants.h"
 #include "server/text/tokenizer.h"
 
 struct engine;
@@ -23,6 +24,8 @@ struct engine_options {
     int queue_max;          // waiting requests (preempted ones too); more is STATUS_FULL
     int context_max;
     size_t pool_bytes;
+    const struct tenant_weight *tenant_weights; // borrowed until destroy (tenants.h)
+    int tenant_weight_count;
     int preempt_every;      // tests: force a preemption every n steps; 0 = never
     void (*wake)(void *context);
     void *wake_context;

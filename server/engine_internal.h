@@ -11,6 +11,7 @@
 #include "server/queue.h"
 #include "server/scheduler.h"
 #include "server/sequence.h"
+#include "server/tenants.h"
 
 #include <pthread.h>
 
@@ -60,6 +61,9 @@ struct engine {
     struct sampler_scratch *sampler_scratch;
     struct sched_item **running;  // [sequences_max] by adapter, so that each is one segment
     struct sched_item **waiting_list; // [waiting_max] by sched_before
+    struct tenants *tenants;
+    struct sched_item **window; // [SCHED_WINDOW] who may be admitted in the step being made
+    int window_count;
     struct sequence **arrived;    // [queue_max] scratch for the submission queue
     int running_count, waiting_count, waiting_max;
     struct engine_batch batch;
@@ -71,6 +75,8 @@ struct engine {
     bool names_changed;
     struct residency_counts residency_seen; // what metrics have been told
 };
+
+enum { SCHED_WINDOW = 64 }; // waiting requests that one plan looks at
 
 double engine_now_s(void); // monotonic
 

@@ -69,6 +69,7 @@ static void end_sequence(struct engine *engine, struct sequence *sequence,
     VERIFY_OP(finish, !=, FINISH_NONE);
     event->finish = finish;
     engine_release(engine, sequence, now_s);
+    tenants_leave(engine->tenants, sequence->item.tenant);
     sequence_end(sequence);
     count_end(engine, sequence, event, now_s);
     sequence_destroy(sequence);
@@ -136,6 +137,7 @@ static void count_token(struct engine *engine, struct sequence *sequence, double
     if (first) histogram_add(&metrics->ttft, now_s - sequence->submitted_s);
     else histogram_add(&metrics->itl, now_s - sequence->token_s);
     sequence->token_s = now_s;
+    tenants_charge_output(engine->tenants, sequence->item.tenant, 1);
     atomic_fetch_add(&metrics->generation_tokens, 1);
     for (int i = 0; i < sequence->item.adapter_count; i++)
         atomic_fetch_add(&sequence->item.adapters[i]->tokens, 1);

@@ -6,7 +6,7 @@
 // kept, and it waits again in its old place. The oldest is never preempted for a newer one, so
 // somebody always advances; alone, everyone fits (engine_submit refuses who would not).
 //
-// It decides nothing about order or admission (scheduler.c), computes nothing (model/), and holds
+// It decides nothing about order (tenants.c) or admission (scheduler.c), computes nothing (model/), and holds
 // no lock while it works.
 #include "server/engine_internal.h"
 
@@ -17,7 +17,6 @@
 #include <string.h>
 
 enum {
-    SCHED_WINDOW = 64,    // waiting requests that one plan looks at
     SCHED_PASSES_MAX = 32, // how often one may be overtaken
     FULL_ASSERT_EVERY = 256,
 };
@@ -64,6 +63,7 @@ static void list_remove(struct sched_item **list, int *count, const struct sched
 static void wait_insert(struct engine *engine, struct sequence *sequence) {
     list_insert(engine->waiting_list, &engine->waiting_count, engine->waiting_max, &sequence->item,
                 sched_before);
+    tenants_wait(engine->tenants, &sequence->item);
     double deadline_s = sequence->request->deadline_s;
     if (deadline_s > 0 && deadline_s < engine->waiting_deadline_s)
         engine->waiting_deadline_s = deadline_s;
@@ -83,6 +83,7 @@ void engine_release(struct engine *engine, struct sequence *sequence, double now
     engine->names_changed = true;
     if (sequence->state == SEQUENCE_WAITING) {
         list_remove(engine->waiting_list, &engine->waiting_count, &sequence->item);
+        tenants_unwait(engine->tenants, &sequence->item);
         atomic_fetch_sub(&engine->waiting, 1);
         return;
     }
@@ -142,7 +143,11 @@ static void end_all_due(struct engine *engine, bool cancels, double now_s) {
 
 static void take_submissions(struct engine *engine) {
     int count = queue_pop(engine->submissions, engine->arrived, engine->options.queue_max);
-    for (int i = 0; i < count; i++) wait_insert(engine, engine->arrived[i]);
+    for (int i = 0; i < count; i++) {
+        struct sequence *sequence = engine->arrived[i];
+        sequence->item.tenant = tenants_enter(engine->tenants, sequence->request->tenant);
+        wait_insert(engine, sequence);
+    }
 }
 
 // The last in waiting order; with `forced`, only one that has advanced since its last preemption.
@@ -162,7 +167,7 @@ static void preempt_for_test(struct engine *engine, double now_s) {
     if (sequence) preempt(engine, sequence, now_s);
 }
 
-static struct sched_plan plan(struct engine *engine) {
+static void plan(struct engine *engine) {
     struct sched_limits limits = {.step_tokens_max = engine->options.step_tokens_max,
                                   .sequences_max = engine->options.sequences_max,
                                   .rows_max = engine->options.sequences_max,
@@ -170,8 +175,9 @@ static struct sched_plan plan(struct engine *engine) {
                                   .adapter_pages = pool_counts(engine->pool).of[PAGE_ADAPTER],
                                   .passes_max = SCHED_PASSES_MAX,
                                   .window = SCHED_WINDOW};
-    return sched_plan(engine->running, engine->running_count, engine->waiting_list,
-                      engine->waiting_count, &limits, engine->sched_scratch);
+    engine->window_count = tenants_window(engine->tenants, engine->window, SCHED_WINDOW);
+    sched_plan(engine->running, engine->running_count, engine->window, engine->window_count,
+               &limits, engine->sched_scratch);
 }
 
 static void tag_pages(struct engine *engine, const int32_t *pages, int count, uint64_t tag) {
@@ -200,22 +206,23 @@ static void first_start(struct engine *engine, struct sequence *sequence, double
     atomic_fetch_add(&engine->metrics->prompt_tokens, (uint64_t)request->prompt_count);
     for (int i = 0; i < request->adapter_count; i++)
         atomic_fetch_add(&request->adapters[i]->requests, 1);
+    tenants_charge_prompt(engine->tenants, sequence->item.tenant, request->prompt_count);
+    sequence->item.charged = true; // a preempted one is not charged again
 }
 
 // Those whose adapters find no pages after all go on waiting; nobody else waits for them.
-static void admit(struct engine *engine, int admitted, double now_s) {
-    for (int i = 0; admitted > 0; ) {
-        VERIFY_OP(i, <, engine->waiting_count);
-        struct sequence *sequence = sequence_of(engine->waiting_list[i]);
-        admitted -= sequence->item.admit;
-        if (!sequence->item.admit || !acquire_adapters(engine, sequence, now_s)) {
-            sequence->item.planned = 0;
-            i++;
+static void admit(struct engine *engine, double now_s) {
+    for (int i = 0; i < engine->window_count; i++) {
+        struct sequence *sequence = sequence_of(engine->window[i]);
+        struct sched_item *item = &sequence->item;
+        if (!item->admit || !acquire_adapters(engine, sequence, now_s)) {
+            item->planned = 0;
             continue;
         }
-        list_remove(engine->waiting_list, &engine->waiting_count, &sequence->item);
-        list_insert(engine->running, &engine->running_count, engine->options.sequences_max,
-                    &sequence->item, batched_before);
+        list_remove(engine->waiting_list, &engine->waiting_count, item);
+        tenants_unwait(engine->tenants, item);
+        list_insert(engine->running, &engine->running_count, engine->options.sequences_max, item,
+                    batched_before);
         atomic_fetch_sub(&engine->waiting, 1);
         if (!sequence->started) first_start(engine, sequence, now_s);
         sequence_start(sequence);
@@ -316,8 +323,8 @@ bool engine_step(struct engine *engine) {
     if (works) {
         engine->step++;
         preempt_for_test(engine, now_s);
-        struct sched_plan planned = plan(engine);
-        admit(engine, planned.admitted, now_s);
+        plan(engine);
+        admit(engine, now_s);
         find_pages(engine, now_s);
         compute(engine);
         assert_pages(engine);

@@ -127,6 +127,8 @@ static enum status create_engine(struct program *p, struct error *err) {
                                      .queue_max = o->max_queue,
                                      .context_max = p->context_max,
                                      .pool_bytes = pool_bytes,
+                                     .tenant_weights = o->tenant_weights,
+                                     .tenant_weight_count = o->tenant_weight_count,
                                      .preempt_every = o->preempt_every,
                                      .wake = api_wake,
                                      .wake_context = p->api};

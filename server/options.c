@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum option_kind { KIND_TEXT, KIND_INT, KIND_SIZE, KIND_ADAPTER };
+enum option_kind { KIND_TEXT, KIND_INT, KIND_SIZE, KIND_ADAPTER, KIND_TENANT };
 
 struct option {
     const char *name, *argument, *fallback, *help;
@@ -54,6 +54,10 @@ static const struct option table[] = {
      AT(max_model_len), 0, INT_MAX},
     {"max-queue", "N", "1024", "requests that wait; more are answered with 429", KIND_INT,
      AT(max_queue), 1, 1 << 20},
+    {"tenant-weight", "NAME=W", NULL,
+     "share of a tenant against others' 1 when requests wait; repeat it. A tenant is an API\n"
+     "key (key-1 is the first of --api-key-file) or, without keys, the request's \"user\"",
+     KIND_TENANT, 0, 0, 0},
     {"served-model-name", "NAME", NULL, "id of the base model; default: the folder's name",
      KIND_TEXT, AT(served_model_name), 0, 0},
     {"api-key-file", "FILE", NULL, "accepted API keys, one a line; without it no key is asked for",
@@ -89,6 +93,20 @@ bool option_size_parse(const char *text, size_t *bytes) {
     return false;
 }
 
+static enum status add_tenant_weight(struct options *o, char *value, struct error *err) {
+    char *equals = strrchr(value, '='), *end = NULL;
+    double weight = equals ? strtod(equals + 1, &end) : 0;
+    if (!equals || equals == value || end == equals + 1 || *end || !(weight >= 0.001) ||
+        !(weight <= 1000))
+        return error_set(err, STATUS_INVALID, "--tenant-weight takes NAME=W with W from 0.001 to "
+                         "1000, not '%.80s'", value);
+    *equals = 0;
+    o->tenant_weights = mem_realloc(o->tenant_weights, ((size_t)o->tenant_weight_count + 1) *
+                                                           sizeof *o->tenant_weights);
+    o->tenant_weights[o->tenant_weight_count++] = (struct tenant_weight){value, weight};
+    return STATUS_OK;
+}
+
 static enum status set_value(struct options *o, const struct option *option, char *value,
                              struct error *err) {
     char *field = (char *)o + option->offset;
@@ -109,6 +127,7 @@ static enum status set_value(struct options *o, const struct option *option, cha
         o->adapters[o->adapter_count++] = value;
         return STATUS_OK;
     }
+    if (option->kind == KIND_TENANT) return add_tenant_weight(o, value, err);
     if (option->kind == KIND_SIZE) {
         if (option_size_parse(value, (size_t *)field)) return STATUS_OK;
         return error_set(err, STATUS_INVALID,
@@ -195,7 +214,9 @@ enum status options_parse(int argc, char **argv, struct options *o, struct error
 
 void options_deinit(struct options *o) {
     free(o->adapters);
+    free(o->tenant_weights);
     o->adapters = NULL;
+    o->tenant_weights = NULL;
 }
 
 void options_print_help(FILE *to) {

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "server/tenants.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -17,6 +18,8 @@ struct options {
     const char *api_key_file, *admin_key_file, *log_level, *log_format, *state_dir;
     char **adapters; // "NAME=SOURCE", borrowed from argv
     int adapter_count;
+    struct tenant_weight *tenant_weights; // names borrowed from argv
+    int tenant_weight_count;
     int port, threads, max_seqs, max_step_tokens, max_model_len, max_queue, seed, preempt_every;
     size_t pool_bytes; // 0: a quarter of free memory
     int drain_s;

@@ -10,7 +10,8 @@
 // finishes when those before it are still there and each has grown by left_i; the largest of
 // those sums, in whole pages, must fit beside the adapters in use.
 //
-// Waiting order is (priority, arrival). Requests whose adapters are resident may pass ones that
+// Waiting order is the caller's: between tenants by what they got (tenants.h), within one by (priority,
+// arrival). Requests whose adapters are resident may pass ones that
 // must load, and requests that fit may pass ones that do not, but no request is passed more than
 // `passes_max` times: then nothing behind it is admitted before it.
 #ifndef LORAD_SERVER_SCHEDULER_H
@@ -29,6 +30,9 @@ struct sched_item {
     struct adapter *const *adapters;
     int adapter_count;
     int passed;        // how many were admitted ahead of it
+    int tenant;        // tenants.h: its place, its neighbours in the tenant's queue, and whether its
+    struct sched_item *tenant_next, *tenant_previous; // prompt has been charged
+    bool charged;
     int planned;       // out: tokens in this step
     bool admit;        // out: take it from waiting to running
 };
@@ -49,7 +53,7 @@ struct sched_plan {
     int tokens, rows, admitted;
 };
 
-// `waiting` is sorted by sched_before. Items' planned and admit are reset first.
+// `waiting` is in the order in which they are to be served. Items' planned and admit are reset first.
 struct sched_plan sched_plan(struct sched_item *const *running, int running_count,
                              struct sched_item *const *waiting, int waiting_count,
                              const struct sched_limits *limits, struct sched_scratch *scratch);
