@@ -2,6 +2,7 @@
 #include "bench/bench_internal.h"
 
 #include "base/memory.h"
+#include "bench/machine_peak.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -118,15 +119,8 @@ static json_t *summary_json(const struct summary *s) {
 }
 
 static json_t *machine_json(void) {
-    char line[256], cpu[200] = "unknown";
-    FILE *file = fopen("/proc/cpuinfo", "r");
-    while (file && fgets(line, sizeof line, file)) {
-        if (strncmp(line, "model name", 10) != 0 || !strchr(line, ':')) continue;
-        line[strcspn(line, "\n")] = 0;
-        snprintf(cpu, sizeof cpu, "%s", strchr(line, ':') + 2);
-        break;
-    }
-    if (file) fclose(file);
+    char cpu[200];
+    machine_cpu_name(cpu, sizeof cpu);
     return json_pack("{s:s,s:i}", "cpu", cpu, "cores", (int)sysconf(_SC_NPROCESSORS_ONLN));
 }
 

@@ -5,6 +5,7 @@
 #define LORAD_BENCH_MACHINE_PEAK_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 struct machine_peak {
     double read_bytes_per_s;
@@ -16,5 +17,8 @@ struct machine_peak {
 // Takes about a second. `threads` > 0. The best of several rounds, since a shared machine only
 // ever makes a round slower.
 struct machine_peak machine_peak_measure(int threads);
+
+// The processor's name as /proc/cpuinfo has it, or "unknown"; cut to room - 1 bytes.
+void machine_cpu_name(char *name, size_t room);
 
 #endif

@@ -351,22 +351,10 @@ static json_t *step_report(const struct rig *rig, const struct machine_peak *pea
                      "operations", operations);
 }
 
-static char *cpu_name(void) {
-    FILE *file = fopen("/proc/cpuinfo", "r");
-    char line[256], *name = NULL;
-    while (file && !name && fgets(line, sizeof line, file)) {
-        char *colon = strchr(line, ':');
-        if (strncmp(line, "model name", 10) != 0 || !colon) continue;
-        colon[strcspn(colon, "\n")] = 0;
-        name = mem_strdup(colon + 2);
-    }
-    if (file) fclose(file);
-    return name ? name : mem_strdup("unknown");
-}
-
 static json_t *report_head(const struct options *o, const struct machine_peak *peak,
                            json_t *steps) {
-    char *cpu = cpu_name();
+    char cpu[200];
+    machine_cpu_name(cpu, sizeof cpu);
     json_t *root = json_pack(
         "{s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:i,s:i,s:b,s:o}", "what",
         "operations of a step against max(bytes / bandwidth, flops / peak)", "commit",
@@ -375,7 +363,6 @@ static json_t *report_head(const struct options *o, const struct machine_peak *p
         "bf16_flops_per_s", peak->bf16_flops_per_s, "model", o->rig.model, "dtype",
         dtype_name(o->rig.dtype), "context", o->rig.context, "rank", o->rig.rank, "prefill",
         o->rig.prefill, "steps", steps);
-    free(cpu);
     return root;
 }
 
