@@ -35,6 +35,7 @@ static const char *const operation_colours[OPERATIONS] = {
 struct options {
     struct rig_options rig;
     const char *json, *svg, *commit;
+    char command[512]; // as typed, cut
     int rounds;
     int batch[BATCHES_MAX], batch_count;
 };
@@ -99,6 +100,9 @@ static int options_parse(int argc, char **argv, struct options *o) {
     batches_parse(o, "1,2,4,8,16,32,64,256");
     cpu_set_t set;
     o->rig.threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    for (int i = 0; i < argc; i++)
+        snprintf(o->command + strlen(o->command), sizeof o->command - strlen(o->command), "%s%s",
+                 i > 0 ? " " : "lorad-bench ", argv[i]);
     optind = 1;
     for (int c; (c = getopt_long(argc, argv, "", names, NULL)) != -1;) {
         bool good = true;
@@ -356,9 +360,9 @@ static json_t *report_head(const struct options *o, const struct machine_peak *p
     char cpu[200];
     machine_cpu_name(cpu, sizeof cpu);
     json_t *root = json_pack(
-        "{s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:i,s:i,s:b,s:o}", "what",
-        "operations of a step against max(bytes / bandwidth, flops / peak)", "commit",
-        o->commit ? o->commit : "", "machine", "cpu", cpu, "device", o->rig.device, "threads", o->rig.threads, "limits",
+        "{s:s,s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:i,s:i,s:b,s:o}", "what",
+        "operations of a step against max(bytes / bandwidth, flops / peak)", "command", o->command,
+        "commit", o->commit ? o->commit : "", "machine", "cpu", cpu, "device", o->rig.device, "threads", o->rig.threads, "limits",
         "read_bytes_per_s", peak->read_bytes_per_s, "f32_flops_per_s", peak->f32_flops_per_s,
         "bf16_flops_per_s", peak->bf16_flops_per_s, "model", o->rig.model, "dtype",
         dtype_name(o->rig.dtype), "context", o->rig.context, "rank", o->rig.rank, "prefill",
