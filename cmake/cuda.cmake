@@ -16,9 +16,9 @@ endif()
 
 if(lorad_cuda_built)
   set(CMAKE_CUDA_COMPILER ${LORAD_NVCC})
-  # Machine code for A100 and H100, PTX for what comes later.
+  # Machine code for A100, H100 and B200, PTX for what comes later.
   if(NOT CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 80-virtual)
+    set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 100-real 80-virtual)
   endif()
   enable_language(CXX)
   enable_language(CUDA)
