@@ -22,7 +22,7 @@ server=""
 finish() {
     local status=$?
     if [ -n "$server" ]; then
-        kill "$server" 2>/dev/null || true
+        kill -KILL "$server" 2>/dev/null || true # unshare ignores TERM; its children die with it
         wait "$server" 2>/dev/null || true
     fi
     if [ -n "${KEEP:-}" ]; then
