@@ -91,6 +91,8 @@ struct backend_ops {
     // Memory taken before serving starts; zeroed. NULL when there is none.
     void *(*memory_create)(struct backend *b, size_t bytes);
     void (*memory_destroy)(struct backend *b, void *memory);
+    // Bytes that memory_create could still get. NULL, or 0: the host's memory is what counts.
+    size_t (*memory_free)(struct backend *b);
     void (*upload)(struct backend *b, void *to, const void *from, size_t bytes);
     void (*download)(struct backend *b, void *to, const void *from, size_t bytes);
     void (*synchronize)(struct backend *b);

@@ -50,6 +50,8 @@ static size_t free_memory_bytes(void) {
 static enum dtype choose_dtype(const struct program *p) {
     if (strcmp(p->options.dtype, "f32") == 0) return DTYPE_F32;
     if (strcmp(p->options.dtype, "bf16") == 0) return DTYPE_BF16;
+    if (strcmp(p->options.device, "cuda") == 0 && p->config.stored_dtype != DTYPE_F32)
+        return DTYPE_BF16;
 #ifdef __x86_64__
     __builtin_cpu_init();
     if (p->config.stored_dtype != DTYPE_F32 && __builtin_cpu_supports("avx512bf16"))
@@ -119,9 +121,16 @@ static enum status load_model(struct program *p, struct error *err) {
     return status ? error_prefix(err, "%.200s", o->model) : status;
 }
 
+// What a device has left once the model is there, but for a tenth that steps' scratch may take; a
+// quarter of the host's free memory where the host is the device.
+static size_t default_pool_bytes(const struct program *p) {
+    size_t device = p->ops->memory_free ? p->ops->memory_free(p->backend) : 0;
+    return device > 0 ? device / 10 * 9 : free_memory_bytes() / 4;
+}
+
 static enum status create_engine(struct program *p, struct error *err) {
     const struct options *o = &p->options;
-    size_t pool_bytes = o->pool_bytes ? o->pool_bytes : free_memory_bytes() / 4;
+    size_t pool_bytes = o->pool_bytes ? o->pool_bytes : default_pool_bytes(p);
     struct engine_options options = {.sequences_max = o->max_seqs,
                                      .step_tokens_max = o->max_step_tokens,
                                      .queue_max = o->max_queue,

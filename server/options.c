@@ -45,7 +45,7 @@ static const struct option table[] = {
     {"threads", "N", "0", "CPU threads; 0 takes one for each core", KIND_INT, AT(threads), 0, 1024},
     {"pool-bytes", "SIZE", "0",
      "memory for KV cache and adapters together, as 512MiB or 4GiB; 0 takes a quarter\n"
-     "of the memory that is free at start",
+     "of the memory that is free at start, or nine tenths of what a GPU has left",
      KIND_SIZE, AT(pool_bytes), 0, 0},
     {"max-seqs", "N", "64", "sequences that run at once", KIND_INT, AT(max_seqs), 1, 4096},
     {"max-step-tokens", "N", "512", "tokens in a step: longer prompts are prefilled in chunks",

@@ -17,7 +17,8 @@ enum {
     PART = 256,          // context tokens; the CPU backend's parts
     HEADS_AT_ONCE = 8,   // query heads whose sums a thread keeps in registers
     HEAD_SIZE_MAX = 256,
-    SHARED_BYTES_MAX = 48 << 10,
+    SHARED_BYTES_ANY = 48 << 10, // what a launch may have without asking
+    SHARED_BYTES_MAX = 96 << 10, // what every card from 8.0 on gives when asked
 };
 
 struct attention_item {
@@ -269,6 +270,16 @@ static struct attention_prepared prepare(struct backend *b, const struct attenti
     return p;
 }
 
+// Asks for more shared memory than a launch has by default.
+template <typename T> static void shared_allow(struct backend *b, size_t bytes) {
+#ifndef LORAD_EMULATE
+    if (bytes > SHARED_BYTES_ANY)
+        cuda_check(b, cudaFuncSetAttribute(attention_kernel<T>,
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           (int)bytes), "shared memory of attention");
+#endif
+}
+
 void cuda_attention(struct backend *b, int layer, void *y, const void *qkv,
                     const struct attention_span *spans, int span_count, int query_heads) {
     VERIFY(b->pool);
@@ -286,6 +297,7 @@ void cuda_attention(struct backend *b, int layer, void *y, const void *qkv,
         b, SCRATCH_PARTIALS, ((size_t)p.partials * (size_t)s.Q * (size_t)(s.D + 2) + 1) *
                                  sizeof(float));
     dim3 grid((unsigned)p.items, (unsigned)s.K), block(THREADS);
+    b->dtype == DTYPE_BF16 ? shared_allow<bf16>(b, shared) : shared_allow<float>(b, shared);
     if (b->dtype == DTYPE_BF16)
         CUDA_LAUNCH(attention_kernel<bf16>, grid, block, shared, b->stream,
                     cuda_layer<bf16>(b, layer), s, p.item_list, p.pages, (const float *)qkv,

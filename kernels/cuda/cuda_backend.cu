@@ -48,9 +48,10 @@ static void device_grow(struct backend *b, struct cuda_buffer *buffer, size_t by
         cuda_check(b, cudaStreamSynchronize(b->stream), "a step");
         cudaFree(buffer->memory);
     }
-    buffer->memory = NULL;
-    VERIFY(cudaMalloc(&buffer->memory, room) == cudaSuccess);
-    buffer->bytes = room;
+    *buffer = {};
+    cudaError_t error = cudaMalloc(&buffer->memory, room);
+    cuda_check(b, error, "device memory for a step");
+    if (error == cudaSuccess) buffer->bytes = room;
 }
 
 void *cuda_scratch(struct backend *b, enum cuda_scratch area, size_t bytes) {
@@ -176,6 +177,15 @@ static enum status backend_open(const struct backend_options *options, struct ba
     return STATUS_OK;
 }
 
+static size_t memory_free(struct backend *b) {
+    size_t available = 0, total = 0;
+#ifndef LORAD_EMULATE
+    cuda_check(b, cudaMemGetInfo(&available, &total), "free memory");
+#endif
+    (void)b, (void)total;
+    return available;
+}
+
 static bool health(struct backend *b) {
     return !b->failed;
 }
@@ -189,6 +199,7 @@ extern const struct backend_ops backend_cuda = {
     .health = health,
     .memory_create = memory_create,
     .memory_destroy = memory_destroy,
+    .memory_free = memory_free,
     .upload = upload,
     .download = download,
     .synchronize = synchronize,

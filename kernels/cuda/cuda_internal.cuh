@@ -21,8 +21,8 @@ extern "C" {
 
 // Small arrays of a step that kernels read. Each kind has one place in device memory.
 enum cuda_meta {
-    META_IDS, META_POSITIONS, META_SLOTS, META_ROWS, META_ATTENTION, META_LORA, META_PAGES,
-    META_KINDS
+    META_IDS, META_POSITIONS, META_SLOTS, META_ROWS, META_ATTENTION, META_PAGES,
+    META_LORA_QKV, META_LORA_O, META_LORA_GATE_UP, META_LORA_DOWN, META_KINDS
 };
 
 // Device scratch grows to the largest step seen and stays; each area has one user at a time.
@@ -51,8 +51,8 @@ struct backend {
 
 // Remembers and logs the first error of the device; every later one is its consequence.
 void cuda_check(struct backend *b, cudaError_t error, const char *what);
-// At least `bytes`; contents are lost when it has to grow. Aborts when the device has no more: a
-// step's scratch is bounded by the options that sized the step.
+// At least `bytes`; contents are lost when it has to grow. NULL when the device has no more: the
+// backend has failed then, as after any device error.
 void *cuda_scratch(struct backend *b, enum cuda_scratch area, size_t bytes);
 // Puts `bytes` of host memory where kernels queued from now on can read them. Sends nothing when
 // the same is there already, as it is for every layer of a step but the first.

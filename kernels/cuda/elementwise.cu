@@ -67,7 +67,7 @@ void cuda_narrow(struct backend *b, bf16 *to, const float *from, size_t count) {
 
 // The sum over the block; every thread has it.
 __device__ static inline float block_sum(float value) {
-    __shared__ float warps[ROW_THREADS / WARP];
+    float *warps = dynamic_shared<float>(); // [ROW_THREADS / WARP]
     value = warp_sum(value);
     if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = value;
     __syncthreads();
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
 
 void cuda_rms_norm(struct backend *b, void *y, void *x, const void *residual, const float *gain,
                    float epsilon, int tokens, int hidden) {
-    CUDA_LAUNCH(rms_norm_kernel, dim3((unsigned)tokens), dim3(ROW_THREADS), 0, b->stream,
-                (float *)y, (float *)x, (const float *)residual, gain, epsilon, hidden);
+    CUDA_LAUNCH(rms_norm_kernel, dim3((unsigned)tokens), dim3(ROW_THREADS),
+                ROW_THREADS / WARP * sizeof(float), b->stream, (float *)y, (float *)x, (const float *)residual, gain, epsilon, hidden);
 }
 
 __global__ void silu_kernel(float *y, const float *gate_up, int ffn, size_t count) {

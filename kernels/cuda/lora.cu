@@ -207,6 +207,13 @@ static int segment_pages(const struct backend *b, const struct lora_launch *laun
     return (int)((end + elems - 1) / elems);
 }
 
+// Each group of modules has its own place, so that a step sends each group's metadata once.
+static enum cuda_meta meta_of(enum lora_module first) {
+    if (first == LORA_O) return META_LORA_O;
+    if (first == LORA_DOWN) return META_LORA_DOWN;
+    return first < LORA_O ? META_LORA_QKV : META_LORA_GATE_UP;
+}
+
 // Segments, items by wave, and page tables in one piece of metadata. Nothing to do: item_count 0.
 static struct lora_prepared prepare(struct backend *b, const struct lora_launch *launch) {
     struct lora_prepared p = {};
@@ -257,8 +264,8 @@ static struct lora_prepared prepare(struct backend *b, const struct lora_launch 
         p.wave_first[wave + 1] = p.item_count;
     }
     if (p.item_count == 0) return p;
-    const char *meta =
-        (const char *)cuda_meta(b, META_LORA, draft, segment_bytes + item_bytes + page_bytes);
+    const char *meta = (const char *)cuda_meta(b, meta_of(launch->target[0].module), draft,
+                                               segment_bytes + item_bytes + page_bytes);
     p.launch = {(const device_segment *)meta, (const lora_item *)(meta + segment_bytes),
                 (const int32_t *)(meta + segment_bytes + item_bytes), (const float *)launch->x,
                 launch->v, launch->in, {}};

@@ -340,6 +340,7 @@ static const struct attention_case attention_cases[] = {
     {3, 1, 18, 2, {{40, 9}, {300, 40}}},                           // D not a multiple of 16
     {8, 1, 256, 1, {{1030, 1}}},                                   // one long decode: split
     {32, 4, 64, 1, {{300, 130}}},                                  // blocks of a long chunk
+    {32, 1, 64, 2, {{20, 3}, {270, 1}}},                           // one kv head for all
 };
 
 struct attention_rig {
