@@ -207,7 +207,7 @@ static void on_end(void *context, int status, const char *text) {
     free(flight);
     r->ended++;
     if (r->options->concurrency > 0) send_next(r);
-    if (r->ended == r->run->count) {
+    if (r->ended == r->run->count && !uv_is_closing((uv_handle_t *)&r->arrivals)) {
         uv_close((uv_handle_t *)&r->arrivals, NULL);
         uv_close((uv_handle_t *)&r->ticks, NULL);
     }
@@ -266,6 +266,10 @@ bool bench_run(const struct bench_options *options, struct bench_run *run) {
     *run = (struct bench_run){.began = time(NULL)};
     struct runner r = {.options = options, .run = run, .loop = uv_default_loop(),
                        .terminal = isatty(STDERR_FILENO)};
+    if (!r.loop) {
+        fprintf(stderr, "lorad-bench: no event loop; raise the limit of open files (ulimit -n)\n");
+        return false;
+    }
     if (!client_target_parse(r.loop, options->url, &r.target)) return false;
     r.target.authorization = options->authorization;
     if (!models_ask(&r)) return false;

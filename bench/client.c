@@ -24,6 +24,7 @@ struct call {
     char *request, *text;
     size_t request_bytes, text_bytes;
     bool ended, is_post;
+    const char *failure; // why it ended before anything was sent
     int open_handles;
     char in[65536];
 };
@@ -48,7 +49,8 @@ static void end(struct call *call, int status, const char *text) {
 }
 
 static void on_timeout(uv_timer_t *timer) {
-    end(timer->data, 0, "time is up");
+    struct call *call = timer->data;
+    end(call, 0, call->failure ? call->failure : "time is up");
 }
 
 // ------------------------------------------------------------------ the answer
@@ -158,7 +160,10 @@ void client_start(uv_loop_t *loop, const struct client_target *target, const cha
     uv_timer_start(&call->timer, on_timeout, (uint64_t)(timeout_s * 1000), 0);
     int status = uv_tcp_connect(&call->connect, &call->tcp,
                                 (const struct sockaddr *)&target->address, on_connected);
-    if (status < 0) end(call, 0, uv_strerror(status));
+    if (status >= 0) return;
+    // Told from the loop: whoever is told may start the next call, and must not end up in itself.
+    call->failure = uv_strerror(status);
+    uv_timer_start(&call->timer, on_timeout, 0, 0);
 }
 
 bool client_target_parse(uv_loop_t *loop, const char *url, struct client_target *target) {

@@ -2,6 +2,7 @@
 import html.parser
 import json
 import os
+import resource
 import socket
 import subprocess
 
@@ -87,6 +88,16 @@ def test_errors(demo, tmp_path):
     run = bench("--url", demo.url, "--requests", "2", "--rate", "100", "--input", "5000:5000",
                 status=1)
     assert "error, 2 times: 400" in run.stdout
+
+
+@pytest.mark.parametrize("descriptors", range(6, 14))
+def test_few_descriptors(demo, descriptors):
+    """Running out of descriptors is told, and is neither an abort nor a hang."""
+    run = subprocess.run([BENCH, "--url", demo.url, "--concurrency", "1", "--requests", "3",
+                          "--input", "2:4", "--output", "2:4"], capture_output=True, text=True,
+                         timeout=60, preexec_fn=lambda: resource.setrlimit(
+                             resource.RLIMIT_NOFILE, (descriptors, descriptors)))
+    assert run.returncode in (0, 1) and (run.returncode == 0 or run.stderr + run.stdout), run
 
 
 def test_roofline(tmp_path):

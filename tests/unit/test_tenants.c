@@ -221,7 +221,7 @@ static void places_are_used_again(void **state) {
     struct tenants *tenants = tenants_create(4, NULL, 0);
     for (int i = 0; i < 10000; i++) {
         char name[80];
-        snprintf(name, sizeof name, "%070d-%d", i, i); // longer than what is kept
+        snprintf(name, sizeof name, "%d-%070d", i, i); // longer than what is kept
         int a = tenants_enter(tenants, name), b = tenants_enter(tenants, "always");
         assert_int_equal(a == b, false);
         assert_int_equal(tenants_enter(tenants, name), a);
@@ -234,8 +234,73 @@ static void places_are_used_again(void **state) {
     tenants_destroy(tenants);
 }
 
+// Catches: a place in use given to a newcomer because its counter is the lowest.
+static void places_in_use_are_kept(void **state) {
+    (void)state;
+    struct tenants *tenants = tenants_create(3, NULL, 0);
+    int idle = tenants_enter(tenants, "idle"), busy = tenants_enter(tenants, "busy");
+    int other = tenants_enter(tenants, "other");
+    tenants_charge_output(tenants, idle, 50);
+    tenants_charge_output(tenants, other, 70); // busy, at 0, has the least
+    tenants_leave(tenants, idle);
+    int newcomer = tenants_enter(tenants, "newcomer");
+    assert_int_equal(newcomer, idle);
+    assert_int_equal(tenants_enter(tenants, "busy"), busy);
+    tenants_leave(tenants, busy);
+    tenants_leave(tenants, busy);
+    tenants_leave(tenants, other);
+    tenants_leave(tenants, newcomer);
+    tenants_destroy(tenants);
+}
+
+// Catches: no lift when nobody else waits: then the last one whose queue emptied counts.
+static void lift_to_who_left_last(void **state) {
+    (void)state;
+    struct tenants *tenants = tenants_create(2, NULL, 0);
+    struct sched_item first = {.tokens_total = 10}, second = {.tokens_total = 1, .arrival = 1};
+    first.tenant = tenants_enter(tenants, "first");
+    tenants_wait(tenants, &first);
+    tenants_unwait(tenants, &first);
+    tenants_charge_prompt(tenants, first.tenant, 10);
+    tenants_charge_output(tenants, first.tenant, 20); // it runs on
+    second.tenant = tenants_enter(tenants, "second");
+    assert_true(tenants_counter(tenants, second.tenant) == 0);
+    tenants_wait(tenants, &second);
+    assert_true(tenants_counter(tenants, second.tenant) == 10 + 2 * 20);
+    tenants_unwait(tenants, &second);
+    tenants_leave(tenants, first.tenant);
+    tenants_leave(tenants, second.tenant);
+    tenants_destroy(tenants);
+}
+
+// Catches: a preempted request, already charged for its prompt, charged again in the window's
+// order: its tenant's next request would stand behind another's.
+static void the_charged_are_not_charged_again(void **state) {
+    (void)state;
+    struct tenants *tenants = tenants_create(4, NULL, 0);
+    struct sched_item items[3] = {{.tokens_total = 1000, .arrival = 1, .charged = true},
+                                  {.tokens_total = 1, .arrival = 2},
+                                  {.tokens_total = 1, .arrival = 3}};
+    for (int i = 0; i < 3; i++) {
+        items[i].tenant = tenants_enter(tenants, i < 2 ? "a" : "b");
+        tenants_wait(tenants, &items[i]);
+    }
+    tenants_charge_output(tenants, items[2].tenant, 100); // b has got 200, a nothing
+    struct sched_item *window[3];
+    assert_int_equal(tenants_window(tenants, window, 3), 3);
+    for (int i = 0; i < 3; i++) assert_ptr_equal(window[i], &items[i]);
+    for (int i = 0; i < 3; i++) {
+        tenants_unwait(tenants, &items[i]);
+        tenants_leave(tenants, items[i].tenant);
+    }
+    tenants_destroy(tenants);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(places_in_use_are_kept),
+        cmocka_unit_test(lift_to_who_left_last),
+        cmocka_unit_test(the_charged_are_not_charged_again),
         cmocka_unit_test(backlogged_get_the_same),
         cmocka_unit_test(prompts_and_output_count),
         cmocka_unit_test(idleness_earns_nothing),
