@@ -1,22 +1,16 @@
 // Models and adapters: what is served, loading and unloading at run time (vLLM's contract), and
 // what each adapter holds. Loop thread; files are read on libuv's thread pool.
 //
-// A path in a request is opened beneath --adapter-dir and nowhere else (openat2, RESOLVE_BENEATH:
-// no "..", no symbolic link that leads out), and the files are then read through that descriptor.
+// A path in a request is opened beneath --adapter-dir and nowhere else (pager/adapter_source.c).
 #include "api/api_internal.h"
 
 #include "base/file.h"
 #include "base/log.h"
 #include "base/memory.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <linux/openat2.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
 #include <time.h>
-#include <unistd.h>
 
 // ------------------------------------------------------------------ GET /v1/models
 
@@ -65,11 +59,15 @@ static json_t *adapter_json(const struct adapter *a) {
     double used_s = atomic_load(&a->last_used_s), since_s = clock_seconds() - used_s;
     json_t *last_used = used_s > 0 ? json_integer((json_int_t)(time(NULL) - (time_t)since_s))
                                    : json_null();
-    return json_pack("{s:s,s:s,s:i,s:o,s:I,s:i,s:i,s:o,s:s,s:I,s:I,s:I}", "id", a->name, "tier",
-                     atomic_load(&a->resident) ? "device" : "host", "rank", rank, "modules",
+    static const char *const tiers[] = {
+        [ADAPTER_ON_DISK] = "disk", [ADAPTER_READING] = "loading", [ADAPTER_IN_HOST] = "host"};
+    const char *digest = atomic_load(&a->digest_known) ? a->digest : NULL; // once it has been read
+    return json_pack("{s:s,s:s,s:i,s:o,s:I,s:i,s:i,s:o,s:s?,s:I,s:b,s:I,s:I}", "id", a->name, "tier",
+                     atomic_load(&a->resident) ? "device" : tiers[atomic_load(&a->tier)], "rank",
+                     rank, "modules",
                      modules, "bytes", (json_int_t)a->image_bytes, "pages", a->page_count, "refs",
-                     atomic_load(&a->refs), "last_used", last_used, "digest", a->digest, "generation",
-                     (json_int_t)a->generation, "requests", (json_int_t)atomic_load(&a->requests),
+                     atomic_load(&a->refs), "last_used", last_used, "digest", digest, "generation",
+                     (json_int_t)a->generation, "pinned", atomic_load(&a->pinned), "requests", (json_int_t)atomic_load(&a->requests),
                      "tokens", (json_int_t)atomic_load(&a->tokens));
 }
 
@@ -108,26 +106,8 @@ static void load_gone(void *exchange) {
     ((struct load *)exchange)->connection = NULL;
 }
 
-static int open_beneath(int root, const char *path, uint64_t flags) {
-    struct open_how how = {.flags = flags | O_CLOEXEC,
-                           .resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS};
-    return (int)syscall(SYS_openat2, root, path, &how, sizeof how);
-}
-
-static enum status refuse_path(struct error *err, int error_number) {
-    if (error_number == ENOENT)
-        return error_set_param(err, STATUS_NOT_FOUND, "lora_path",
-                               "there is no such folder under --adapter-dir");
-    if (error_number == ENOTDIR)
-        return error_set_param(err, STATUS_INVALID, "lora_path", "lora_path must be a folder");
-    return error_set_param(err, STATUS_FORBIDDEN, "lora_path",
-                           "lora_path must lie inside --adapter-dir, without '..' or links that "
-                           "lead out of it");
-}
-
-// The folder itself and its two files must lie beneath the root; *fd is the folder's.
-static enum status open_folder(const struct api *api, const char *path, int *fd,
-                               struct error *err) {
+// `path` beneath --adapter-dir, however the client wrote it.
+static enum status beneath_root(const struct api *api, const char **path, struct error *err) {
     const char *root = api->setup.options->adapter_dir;
     if (api->root < 0)
         return error_set_param(err, STATUS_FORBIDDEN, "lora_path",
@@ -135,51 +115,44 @@ static enum status open_folder(const struct api *api, const char *path, int *fd,
                                "with --adapter-dir");
     size_t length = strlen(root);
     while (length && root[length - 1] == '/') length--;
-    if (strncmp(path, root, length) == 0 && path[length] == '/') path += length;
-    else if (*path == '/') return refuse_path(err, EXDEV);
-    while (*path == '/') path++;
-    *fd = open_beneath(api->root, path, O_PATH | O_DIRECTORY);
-    if (*fd < 0) return refuse_path(err, errno);
-    static const char *const files[] = {"adapter_config.json", "adapter_model.safetensors"};
-    for (int i = 0; i < 2; i++) {
-        char *file = mem_alloc(strlen(path) + strlen(files[i]) + 2);
-        sprintf(file, "%s/%s", path, files[i]);
-        int file_fd = open_beneath(api->root, file, O_PATH);
-        int error_number = errno;
-        free(file);
-        if (file_fd >= 0) close(file_fd);
-        else if (error_number != ENOENT) { // a missing file is adapter_load's to explain
-            close(*fd);
-            return refuse_path(err, error_number);
-        }
-    }
+    if (strncmp(*path, root, length) == 0 && (*path)[length] == '/') *path += length;
+    else if (**path == '/')
+        return error_set_param(err, STATUS_FORBIDDEN, "lora_path",
+                               "lora_path must lie inside --adapter-dir");
+    while (**path == '/') (*path)++;
     return STATUS_OK;
+}
+
+// Where `path` leads: a root for adapter_load, and the path that it takes.
+static enum status resolve(const struct api *api, const char **path, int *root, struct error *err) {
+    *root = -1;
+    if (strncmp(*path, "dummy:", 6) != 0) {
+        *root = api->root;
+        return beneath_root(api, path, err);
+    }
+    if (api->setup.dummy) return STATUS_OK;
+    return error_set_param(err, STATUS_FORBIDDEN, "lora_path",
+                           "dummy: adapters need --load-format dummy");
 }
 
 static enum status load_adapter(struct load *load, struct adapter **out) {
     struct api *api = load->offload.api;
-    const struct lora_geometry *geometry = engine_lora_geometry(api->engine);
-    if (strncmp(load->path, "dummy:", 6) == 0) {
-        if (!api->setup.dummy)
-            return error_set_param(&load->err, STATUS_FORBIDDEN, "lora_path",
-                                   "dummy: adapters need --load-format dummy");
-        return adapter_load(geometry, load->name, load->path, out, &load->err);
-    }
-    int fd = -1;
-    enum status status = open_folder(api, load->path, &fd, &load->err);
+    const char *path = load->path;
+    int root;
+    enum status status = resolve(api, &path, &root, &load->err);
     if (status) return status;
-    char folder[64];
-    snprintf(folder, sizeof folder, "/proc/self/fd/%d", fd);
-    status = adapter_load(geometry, load->name, folder, out, &load->err);
-    close(fd);
-    if (status) return status;
-    free((*out)->path); // not yet shared
-    (*out)->path = mem_strdup(load->path);
-    return STATUS_OK;
+    return adapter_load(engine_lora_geometry(api->engine), load->name, root, path, out, &load->err);
 }
 
 static const char *image_dtype(const struct api *api) {
     return dtype_name(engine_lora_geometry(api->engine)->dtype);
+}
+
+enum { STAMP_BYTES = 96 };
+static void stamp_text(const struct adapter_stamp *stamp, char text[STAMP_BYTES]) {
+    snprintf(text, STAMP_BYTES, "%llx:%llx:%llu:%lld", (unsigned long long)stamp->device,
+             (unsigned long long)stamp->inode, (unsigned long long)stamp->bytes,
+             (long long)stamp->changed_ns);
 }
 
 static void load_work(struct offload *offload) {
@@ -193,13 +166,16 @@ static void load_work(struct offload *offload) {
         adapter = NULL;
     }
     if (adapter && store) { // on the disk before the name changes, and before the answer
+        char stamp[STAMP_BYTES];
+        stamp_text(&adapter->stamp, stamp);
         load->err.status = store_put(store, load->name, load->path, adapter->digest,
-                                     image_dtype(offload->api), &load->err);
+                                     image_dtype(offload->api), stamp, &load->err);
         if (load->err.status) {
             adapter_unref(adapter);
             adapter = NULL;
         }
     }
+    if (adapter) engine_adopt(offload->api->engine, adapter);
     registry_commit(offload->api->setup.registry, load->name, adapter);
 }
 
@@ -300,6 +276,24 @@ void handle_adapter_put(struct connection *c, const struct http_request *r, cons
 
 // ------------------------------------------------------------------ loading again after a restart
 
+// Without reading it, when the file is the one that was read then, and unchanged. NULL: it is not.
+static struct adapter *reopen(const struct api *api, const struct store_entry *entry) {
+    const char *path = entry->path;
+    struct adapter *adapter = NULL;
+    struct adapter_stamp stamp;
+    char text[STAMP_BYTES];
+    int root;
+    if (strlen(entry->digest) != sizeof adapter->digest - 1 ||
+        resolve(api, &path, &root, NULL) || adapter_stamp_now(root, path, &stamp, NULL))
+        return NULL;
+    stamp_text(&stamp, text);
+    if (strcmp(text, entry->stamp) != 0 || adapter_open(engine_lora_geometry(api->engine),
+                                                        entry->name, root, path, &adapter, NULL))
+        return NULL;
+    adapter_set_digest(adapter, entry->digest, &stamp);
+    return adapter;
+}
+
 static enum status restore_one(struct api *api, const struct store_entry *entry,
                                struct error *err) {
     struct registry *registry = api->setup.registry;
@@ -307,16 +301,21 @@ static enum status restore_one(struct api *api, const struct store_entry *entry,
     struct adapter *adapter = NULL;
     enum status status = registry_begin(registry, entry->name, false, err);
     if (status) return status;
+    bool same_dtype = strcmp(entry->dtype, image_dtype(api)) == 0;
+    if (same_dtype && (adapter = reopen(api, entry))) {
+        registry_commit(registry, entry->name, adapter);
+        return STATUS_OK;
+    }
     status = load_adapter(&load, &adapter);
     *err = load.err;
     // Digests are of images: those of another dtype cannot be compared.
-    if (adapter && strcmp(entry->dtype, image_dtype(api)) == 0 &&
-        strcmp(entry->digest, adapter->digest) != 0) {
+    if (adapter && same_dtype && strcmp(entry->digest, adapter->digest) != 0) {
         status = error_set(err, STATUS_INVALID, "its files are not those that were loaded; load "
                            "it again");
         adapter_unref(adapter);
         adapter = NULL;
     }
+    if (adapter) engine_adopt(api->engine, adapter);
     registry_commit(registry, entry->name, adapter);
     return status;
 }

@@ -198,6 +198,13 @@ static enum status add_adapter(struct builder *b, const char *name, float weight
     return STATUS_OK;
 }
 
+static enum status read_salt(struct builder *b) {
+    const char *salt = NULL;
+    enum status status = param_string(b->root, "cache_salt", 1024, &salt, b->err);
+    if (!status && salt) b->pattern->cache_salt = mem_strdup(salt);
+    return status;
+}
+
 static enum status read_model(struct builder *b) {
     const char *base = b->completion->api->setup.base_id, *model = NULL, *adapter = NULL;
     enum status status = param_string(b->root, "model", 1024, &model, b->err);
@@ -251,6 +258,7 @@ static struct request *request_copy(const struct request *pattern) {
     r->deadline_s = pattern->deadline_s;
     r->priority = pattern->priority;
     memcpy(r->tenant, pattern->tenant, sizeof r->tenant);
+    if (pattern->cache_salt) r->cache_salt = mem_strdup(pattern->cache_salt);
     return r;
 }
 
@@ -349,7 +357,7 @@ static enum status build(struct builder *b) {
         (status = read_numbers(b)) || (status = read_integers(b)) || (status = read_stops(b)) ||
         (status = read_bias(b)) || (status = param_string(b->root, "user", 512, &user, b->err)) ||
         (status = param_string(b->root, "request_id", 64, &request_id, b->err)) ||
-        (status = read_model(b)))
+        (status = read_salt(b)) || (status = read_model(b)))
         return status;
     // Keys cannot be made up, users can: with keys, the key is the tenant.
     if (c->key > 0) snprintf(b->pattern->tenant, sizeof b->pattern->tenant, "key-%d", c->key);

@@ -87,13 +87,15 @@ static json_t *take_logprobs(struct choice *choice) {
 // ------------------------------------------------------------------ chunks and the whole answer
 
 static json_t *usage_json(const struct completion *c) {
-    int prompt = 0, generated = 0;
+    int prompt = 0, generated = 0, cached = 0;
     for (int i = 0; i < c->choice_count; i++) {
         if (i % c->n == 0) prompt += c->choices[i].prompt_tokens;
+        if (i % c->n == 0) cached += c->choices[i].cached_tokens;
         generated += c->choices[i].completion_tokens;
     }
-    return json_pack("{s:i,s:i,s:i}", "prompt_tokens", prompt, "completion_tokens", generated,
-                     "total_tokens", prompt + generated);
+    return json_pack("{s:i,s:i,s:i,s:{s:i}}", "prompt_tokens", prompt, "completion_tokens",
+                     generated, "total_tokens", prompt + generated, "prompt_tokens_details",
+                     "cached_tokens", cached);
 }
 
 static json_t *finish_json(enum finish_reason finish) {
@@ -195,6 +197,7 @@ static void take_event(struct completion *c, struct choice *choice, struct engin
     begin_choice(c, choice);
     choice->prompt_tokens = event->prompt_tokens;
     choice->completion_tokens = event->completion_tokens;
+    choice->cached_tokens = event->cached_tokens;
     if (event->token >= 0) {
         if (c->logprobs >= 0) add_logprobs(c, choice, event->token, event);
         if (c->return_token_ids && !event->prompt_token) {

@@ -19,7 +19,7 @@ struct choice {
     json_t *tokens, *token_logprobs, *top_logprobs, *text_offset, *token_ids;
     size_t offset; // characters of tokens so far
     enum finish_reason finish;
-    int prompt_tokens, completion_tokens;
+    int prompt_tokens, completion_tokens, cached_tokens;
 };
 
 struct completion {

@@ -122,6 +122,12 @@ void handle_metrics(struct connection *c, const struct http_request *r, const ch
         {"lorad_adapter_loads_total", "counter", atomic_load(&m->adapter_loads)},
         {"lorad_adapter_evictions_total", "counter", atomic_load(&m->adapter_evictions)},
         {"lorad_adapter_bytes_moved_total", "counter", atomic_load(&m->adapter_bytes_moved)},
+        {"lorad_adapter_reads_total", "counter", atomic_load(&m->host_reads)},
+        {"lorad_adapter_read_failures_total", "counter", atomic_load(&m->host_read_failures)},
+        {"lorad_host_images", "gauge", (uint64_t)atomic_load(&m->host_images)},
+        {"lorad_host_bytes", "gauge", atomic_load(&m->host_bytes)},
+        {"vllm:prefix_cache_queries_total", "counter", atomic_load(&m->prefix_queries)},
+        {"vllm:prefix_cache_hits_total", "counter", atomic_load(&m->prefix_hits)},
         {"lorad_adapters_resident", "gauge", (uint64_t)atomic_load(&m->adapters_resident)},
         {"lorad_step_tokens", "gauge", (uint64_t)atomic_load(&m->step_tokens)},
         {"lorad_step_adapters", "gauge", (uint64_t)atomic_load(&m->step_adapters)},
@@ -130,6 +136,10 @@ void handle_metrics(struct connection *c, const struct http_request *r, const ch
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         value(&page, rows[i].name, rows[i].type, (double)rows[i].number);
     value(&page, "lorad_step_seconds_total", "counter", (double)atomic_load(&m->step_us) / 1e6);
+    value(&page, "lorad_adapter_read_seconds_total", "counter",
+          (double)atomic_load(&m->host_read_us) / 1e6);
+    value(&page, "lorad_adapter_copy_seconds_total", "counter",
+          (double)atomic_load(&m->host_copy_us) / 1e6);
     print_histogram(&page, "vllm:time_to_first_token_seconds", &m->ttft);
     print_histogram(&page, "vllm:inter_token_latency_seconds", &m->itl);
     print_histogram(&page, "vllm:e2e_request_latency_seconds", &m->e2e);

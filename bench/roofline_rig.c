@@ -184,6 +184,7 @@ static void pool_make(struct rig *rig) {
                                 (size_t)rig->layer_elems);
         }
     }
+    if (rig->ops->pool_written) rig->ops->pool_written(rig->backend);
     free(filling);
 }
 

@@ -3,7 +3,8 @@
 // Legend: T tokens in a step, S sequences, H hidden, Q query heads, K kv heads, D head size,
 // F ffn size, V vocabulary, r rank. Matrices are row-major. Device pointers are `void *`; only the
 // backend dereferences them. Activations have one type a backend chooses (`activation_bytes` each;
-// the CPU backend uses f32). All calls come from the engine thread, after open.
+// the CPU backend uses f32). All calls but pool_write's and
+// host memory's come from the engine thread, after open.
 //
 // Operations are queued in order; `synchronize` waits. On the CPU they run at once. Operations of a
 // step cannot fail one by one: a device fault is sticky and `health` reports it.
@@ -81,6 +82,7 @@ struct lora_launch {
 struct backend_ops {
     const char *name;
     size_t activation_bytes;
+    bool computes_on_host; // steps take the processor that everything else runs on
 
     MUST_CHECK enum status (*open)(const struct backend_options *options, struct backend **out,
                                    struct error *err);
@@ -99,9 +101,15 @@ struct backend_ops {
 
     // Sets the pool that later calls use; `pool` is from memory_create.
     void (*pool_attach)(struct backend *b, void *pool, const struct pool_shape *shape);
-    // Copies one layer's image (`elems` pool elements, contiguous on the host) into its pages.
+    // Host memory that pool_write copies from fastest (page-locked). Any thread. NULL: any is.
+    void *(*host_create)(struct backend *b, size_t bytes);
+    void (*host_destroy)(struct backend *b, void *memory);
+    // Copies one layer's image (`elems` pool elements, contiguous on the host) into its pages,
+    // beside whatever the engine thread has queued. One thread at a time, which need not be the
+    // engine's; nothing queued may use those pages. Done when pool_written returns (NULL: at once).
     void (*pool_write)(struct backend *b, int layer, const int32_t *pages, const void *image,
                        size_t elems);
+    void (*pool_written)(struct backend *b);
 
     // Packs `out` x `in` weights of type `dtype` (host memory, borrowed for the call).
     MUST_CHECK enum status (*linear_create)(struct backend *b, const void *weights,

@@ -1,158 +1,222 @@
-// Which adapters have their pages in the pool, and who leaves when pages are wanted. Engine thread
-// only.
-//
-//   HOST --residency_acquire--> RUNNING (PAGE_ADAPTER, running > 0)
-//   RUNNING --last residency_release--> IDLE (PAGE_CACHED, running == 0)
-//   IDLE --residency_acquire--> RUNNING, without a copy
-//   IDLE --residency_evict, _sweep (retired), _destroy--> HOST
-//
-// Resident adapters form a list from the one whose last use is longest ago to the latest. The list
-// holds one reference to each. A running adapter is never evicted.
-#include "pager/adapter.h"
+// See residency.h. The adapters that are not away form a list; those that may be evicted stand in
+// the order of eviction, too.
+#include "pager/residency.h"
 
 #include "base/memory.h"
 #include "base/verify.h"
 
+#include <stddef.h>
 #include <stdlib.h>
 
 struct residency {
     struct pool *pool;
-    const struct backend_ops *ops;
-    struct backend *backend;
-    struct lora_geometry geometry;
-    struct adapter *oldest, *newest;
+    struct eviction *eviction;
+    struct prefix *prefix;
+    struct adapter *first;
     struct residency_counts counts;
-    int idle_pages;        // of adapters with running == 0: what eviction can free
-    bool uploads_may_run;  // the backend may still be reading host images
+    double page_s;
+    int idle_pages[EVICTION_TIERS]; // of idle adapters, by tier
 };
 
 static void assert_state(const struct residency *residency, const struct adapter *adapter) {
-    VERIFY(atomic_load(&adapter->resident));
+    bool idle = atomic_load(&adapter->resident) && adapter->running == 0;
+    VERIFY(!(atomic_load(&adapter->resident) && adapter->arriving));
     VERIFY_OP(adapter->running, >=, 0);
-    VERIFY_OP(residency->idle_pages, >=, 0);
+    VERIFY_OP(idle, ==, (adapter->evictable.place > 0));
+    for (int tier = 0; tier < EVICTION_TIERS; tier++)
+        VERIFY_OP(residency->idle_pages[tier], >=, 0);
 }
 
-static void list_append(struct residency *residency, struct adapter *adapter) {
-    adapter->residency_previous = residency->newest;
-    adapter->residency_next = NULL;
-    if (residency->newest) residency->newest->residency_next = adapter;
-    else residency->oldest = adapter;
-    residency->newest = adapter;
+static void list_add(struct residency *residency, struct adapter *adapter) {
+    adapter->residency_previous = NULL;
+    adapter->residency_next = residency->first;
+    if (residency->first) residency->first->residency_previous = adapter;
+    residency->first = adapter;
 }
 
 static void list_remove(struct residency *residency, struct adapter *adapter) {
     struct adapter *previous = adapter->residency_previous, *next = adapter->residency_next;
-    *(previous ? &previous->residency_next : &residency->oldest) = next;
-    *(next ? &next->residency_previous : &residency->newest) = previous;
+    *(previous ? &previous->residency_next : &residency->first) = next;
+    if (next) next->residency_previous = previous;
     adapter->residency_previous = adapter->residency_next = NULL;
 }
 
-static void list_touch(struct residency *residency, struct adapter *adapter, double now_s) {
-    adapter->last_used_s = now_s;
-    list_remove(residency, adapter);
-    list_append(residency, adapter);
+// ------------------------------------------------------------------ idle adapters
+
+static enum eviction_tier tier_of(const struct adapter *adapter) {
+    if (atomic_load(&adapter->retired)) return TIER_IDLE;
+    if (atomic_load(&adapter->pinned)) return TIER_PINNED;
+    return adapter->wanted > 0 ? TIER_WANTED : TIER_IDLE;
 }
 
-struct residency *residency_create(struct pool *pool, const struct backend_ops *ops,
-                                   struct backend *backend, const struct lora_geometry *geometry) {
-    struct residency *residency = mem_zalloc(1, sizeof *residency);
-    residency->pool = pool;
-    residency->ops = ops;
-    residency->backend = backend;
-    residency->geometry = *geometry;
-    return residency;
+static void idle_leave(struct residency *residency, struct adapter *adapter) {
+    VERIFY_OP(adapter->evictable.place, >, 0);
+    residency->idle_pages[adapter->evictable.tier] -= adapter->page_count;
+    eviction_remove(residency->eviction, &adapter->evictable);
 }
 
-static void evict(struct residency *residency, struct adapter *adapter) {
-    assert_state(residency, adapter);
+static void idle_enter(struct residency *residency, struct adapter *adapter) {
+    enum eviction_tier tier = tier_of(adapter);
+    double score = eviction_score(residency->eviction, adapter->uses,
+                                  residency->page_s * adapter->page_count, adapter->page_count,
+                                  atomic_load(&adapter->last_used_s));
+    eviction_put(residency->eviction, &adapter->evictable, EVICTABLE_ADAPTER, tier, score);
+    residency->idle_pages[tier] += adapter->page_count;
+}
+
+// Its tier may have changed.
+static void idle_again(struct residency *residency, struct adapter *adapter) {
+    if (adapter->evictable.place == 0 || adapter->evictable.tier == tier_of(adapter)) return;
+    residency->idle_pages[adapter->evictable.tier] -= adapter->page_count;
+    residency->idle_pages[tier_of(adapter)] += adapter->page_count;
+    eviction_put(residency->eviction, &adapter->evictable, EVICTABLE_ADAPTER, tier_of(adapter),
+                 adapter->evictable.score);
+}
+
+// An idle adapter, out of the order of eviction already.
+static void drop(struct residency *residency, struct adapter *adapter) {
     VERIFY_OP(adapter->running, ==, 0);
-    // The last reference may go below, and with it an image that a queued copy still reads.
-    if (residency->uploads_may_run) residency->ops->synchronize(residency->backend);
-    residency->uploads_may_run = false;
+    if (residency->prefix) prefix_drop(residency->prefix, &adapter->prefixes);
     list_remove(residency, adapter);
     pool_give(residency->pool, PAGE_CACHED, adapter->pages, adapter->page_count);
-    residency->idle_pages -= adapter->page_count;
     residency->counts.resident--;
     residency->counts.evictions++;
+    adapter->uses /= 2; // what comes back soon is remembered
     atomic_store(&adapter->resident, false);
     adapter_unref(adapter);
 }
 
+// The order of eviction took it out before it called.
+static void evict(void *owner, struct evictable *item) {
+    struct residency *residency = owner;
+    struct adapter *adapter =
+        (struct adapter *)((char *)item - offsetof(struct adapter, evictable));
+    residency->idle_pages[item->tier] -= adapter->page_count;
+    drop(residency, adapter);
+}
+
+// ------------------------------------------------------------------ life
+
+struct residency *residency_create(struct pool *pool, struct eviction *eviction,
+                                   struct prefix *prefix) {
+    struct residency *residency = mem_zalloc(1, sizeof *residency);
+    residency->pool = pool;
+    residency->eviction = eviction;
+    residency->prefix = prefix;
+    residency->page_s = 1;
+    eviction_set_owner(eviction, EVICTABLE_ADAPTER, residency, evict);
+    return residency;
+}
+
 void residency_destroy(struct residency *residency) {
     if (!residency) return;
-    while (residency->oldest) evict(residency, residency->oldest);
-    VERIFY_OP(residency->idle_pages, ==, 0);
+    while (residency->first) {
+        idle_leave(residency, residency->first);
+        drop(residency, residency->first);
+    }
+    for (int tier = 0; tier < EVICTION_TIERS; tier++)
+        VERIFY_OP(residency->idle_pages[tier], ==, 0);
     free(residency);
 }
 
-int residency_evict(struct residency *residency, int pages) {
-    int freed = 0;
-    for (struct adapter *adapter = residency->oldest, *next; adapter && freed < pages;
-         adapter = next) {
-        next = adapter->residency_next;
-        if (adapter->running > 0) continue;
-        freed += adapter->page_count;
-        evict(residency, adapter);
-    }
-    return freed;
-}
-
-void residency_sweep(struct residency *residency) {
-    for (struct adapter *adapter = residency->oldest, *next; adapter; adapter = next) {
-        next = adapter->residency_next;
-        if (adapter->running == 0 && atomic_load(&adapter->retired)) evict(residency, adapter);
-    }
-}
-
-static void upload(struct residency *residency, struct adapter *adapter) {
-    size_t layer_bytes = adapter->layer_elems * dtype_bytes(residency->geometry.dtype);
-    for (int layer = 0; layer < residency->geometry.layers; layer++)
-        residency->ops->pool_write(residency->backend, layer, adapter->pages,
-                                   (const char *)adapter->image + (size_t)layer * layer_bytes,
-                                   adapter->layer_elems);
-    residency->uploads_may_run = true;
-    residency->counts.loads++;
-    residency->counts.bytes_moved += adapter->image_bytes;
-}
-
-enum status residency_acquire(struct residency *residency, struct adapter *adapter, double now_s) {
-    if (atomic_load(&adapter->resident)) {
-        assert_state(residency, adapter);
-        if (adapter->running++ == 0) {
-            pool_change_owner(residency->pool, PAGE_CACHED, PAGE_ADAPTER, adapter->pages,
-                              adapter->page_count);
-            residency->idle_pages -= adapter->page_count;
-        }
-        list_touch(residency, adapter, now_s);
-        return STATUS_OK;
-    }
-    VERIFY_OP(adapter->running, ==, 0);
-    int missing = adapter->page_count - pool_counts(residency->pool).of[PAGE_FREE];
-    if (missing > residency->idle_pages) return STATUS_NO_PAGES;
-    if (missing > 0) VERIFY_OP(residency_evict(residency, missing), >=, missing);
-    enum status status =
-        pool_take(residency->pool, PAGE_ADAPTER, adapter->page_count, adapter->pages);
-    VERIFY_OP(status, ==, STATUS_OK);
-    adapter_ref(adapter);
-    adapter->running = 1;
-    adapter->last_used_s = now_s;
-    atomic_store(&adapter->resident, true);
-    list_append(residency, adapter);
-    residency->counts.resident++;
-    upload(residency, adapter);
-    return STATUS_OK;
-}
-
-void residency_release(struct residency *residency, struct adapter *adapter, double now_s) {
-    assert_state(residency, adapter);
-    VERIFY_OP(adapter->running, >, 0);
-    list_touch(residency, adapter, now_s);
-    if (--adapter->running > 0) return;
-    pool_change_owner(residency->pool, PAGE_ADAPTER, PAGE_CACHED, adapter->pages,
-                      adapter->page_count);
-    residency->idle_pages += adapter->page_count;
+void residency_set_cost(struct residency *residency, double page_s) {
+    residency->page_s = page_s;
 }
 
 struct residency_counts residency_counts(const struct residency *residency) {
     return residency->counts;
+}
+
+// ------------------------------------------------------------------ transitions
+
+// Cached pages that eviction up to tier_max can free: prefixes are all TIER_IDLE.
+static int reclaimable(const struct residency *residency, enum eviction_tier tier_max) {
+    int pages = pool_counts(residency->pool).of[PAGE_CACHED];
+    for (int tier = tier_max + 1; tier < EVICTION_TIERS; tier++)
+        pages -= residency->idle_pages[tier];
+    return pages;
+}
+
+enum status residency_place(struct residency *residency, struct adapter *adapter,
+                            enum eviction_tier tier_max) {
+    VERIFY(!atomic_load(&adapter->resident) && !adapter->arriving);
+    VERIFY_OP(adapter->running, ==, 0);
+    int missing = adapter->page_count - pool_counts(residency->pool).of[PAGE_FREE];
+    if (missing > reclaimable(residency, tier_max)) return STATUS_NO_PAGES;
+    VERIFY(eviction_reclaim(residency->eviction, adapter->page_count, tier_max));
+    enum status status =
+        pool_take(residency->pool, PAGE_ADAPTER, adapter->page_count, adapter->pages);
+    VERIFY_OP(status, ==, STATUS_OK);
+    adapter_ref(adapter);
+    adapter->arriving = true;
+    list_add(residency, adapter);
+    residency->counts.arriving++;
+    assert_state(residency, adapter);
+    return STATUS_OK;
+}
+
+void residency_arrived(struct residency *residency, struct adapter *adapter, double now_s) {
+    VERIFY(adapter->arriving);
+    adapter->arriving = false;
+    residency->counts.arriving--;
+    residency->counts.resident++;
+    residency->counts.loads++;
+    residency->counts.bytes_moved += adapter->image_bytes;
+    atomic_store(&adapter->last_used_s, now_s);
+    pool_change_owner(residency->pool, PAGE_ADAPTER, PAGE_CACHED, adapter->pages,
+                      adapter->page_count);
+    atomic_store(&adapter->resident, true);
+    idle_enter(residency, adapter);
+    assert_state(residency, adapter);
+}
+
+void residency_cancel(struct residency *residency, struct adapter *adapter) {
+    VERIFY(adapter->arriving);
+    adapter->arriving = false;
+    residency->counts.arriving--;
+    list_remove(residency, adapter);
+    pool_give(residency->pool, PAGE_ADAPTER, adapter->pages, adapter->page_count);
+    adapter_unref(adapter);
+}
+
+void residency_acquire(struct residency *residency, struct adapter *adapter, double now_s) {
+    VERIFY(atomic_load(&adapter->resident));
+    assert_state(residency, adapter);
+    if (adapter->running++ == 0) {
+        idle_leave(residency, adapter);
+        pool_change_owner(residency->pool, PAGE_CACHED, PAGE_ADAPTER, adapter->pages,
+                          adapter->page_count);
+    }
+    adapter->uses++;
+    atomic_store(&adapter->last_used_s, now_s);
+}
+
+void residency_release(struct residency *residency, struct adapter *adapter, double now_s) {
+    VERIFY(atomic_load(&adapter->resident));
+    VERIFY_OP(adapter->running, >, 0);
+    atomic_store(&adapter->last_used_s, now_s);
+    if (--adapter->running > 0) return;
+    pool_change_owner(residency->pool, PAGE_ADAPTER, PAGE_CACHED, adapter->pages,
+                      adapter->page_count);
+    idle_enter(residency, adapter);
+    assert_state(residency, adapter);
+}
+
+void residency_want(struct residency *residency, struct adapter *adapter, int change) {
+    adapter->wanted += change;
+    VERIFY_OP(adapter->wanted, >=, 0);
+    idle_again(residency, adapter);
+}
+
+void residency_pin(struct residency *residency, struct adapter *adapter) {
+    idle_again(residency, adapter);
+}
+
+void residency_sweep(struct residency *residency) {
+    for (struct adapter *adapter = residency->first, *next; adapter; adapter = next) {
+        next = adapter->residency_next;
+        if (!atomic_load(&adapter->retired) || adapter->evictable.place == 0) continue;
+        idle_leave(residency, adapter);
+        drop(residency, adapter);
+    }
 }

@@ -50,10 +50,28 @@ static enum status pool_memory_create(struct engine *engine, enum dtype dtype, s
                                .elem_bytes = dtype_bytes(dtype)};
     engine->ops->pool_attach(engine->backend, engine->pool_memory, &shape);
     engine->pool = pool_create(geometry->pool_pages);
+    engine->eviction =
+        eviction_create(engine->pool, engine->options.eviction, geometry->pool_pages);
+    if (engine->options.prefix_cache)
+        engine->prefix = prefix_create(engine->pool, engine->eviction, geometry->pool_pages);
     engine->page_tags = mem_zalloc(count, sizeof *engine->page_tags);
-    engine->residency =
-        residency_create(engine->pool, engine->ops, engine->backend, &engine->geometry);
+    engine->residency = residency_create(engine->pool, engine->eviction, engine->prefix);
     return STATUS_OK;
+}
+
+static void wake_engine(void *context) {
+    queue_notify(((struct engine *)context)->submissions);
+}
+
+static enum status create_host_store(struct engine *engine, struct error *err) {
+    size_t bytes = engine->options.host_bytes;
+    engine->geometry.host_bytes_max = bytes;
+    struct host_store_options options = {.bytes_max = bytes ? bytes : SIZE_MAX / 2,
+                                         .threads = engine->options.load_threads,
+                                         .wake = wake_engine,
+                                         .wake_context = engine};
+    return host_store_create(&engine->geometry, engine->ops, engine->backend, &options,
+                             &engine->host_store, err);
 }
 
 static void batch_create(struct engine_batch *batch, const struct engine_options *options) {
@@ -94,6 +112,7 @@ static void scratch_create(struct engine *engine) {
     engine->step_events =
         mem_zalloc((size_t)engine->step_events_max, sizeof *engine->step_events);
     engine->submissions = queue_create(options->queue_max, sizeof(struct sequence *));
+    engine->hint_queue = queue_create(ENGINE_HINTS_MAX, sizeof(struct adapter *));
     engine->events = queue_create(2 * engine->step_events_max, sizeof(struct engine_event));
     engine->waiting_deadline_s = INFINITY;
 }
@@ -136,6 +155,10 @@ enum status engine_create(const struct backend_ops *ops, struct backend *backend
         return status;
     }
     scratch_create(engine);
+    if ((status = create_host_store(engine, err))) {
+        engine_destroy(engine);
+        return status;
+    }
     atomic_store(&metrics->pages_total, engine->geometry.pool_pages);
     engine_update_metrics(engine, 0);
     *out = engine;
@@ -160,6 +183,17 @@ static void abandon_all(struct engine *engine) {
     while (queue_pop(engine->events, &event, 1)) free(event.text);
 }
 
+// What is on its way ends; then hints go.
+static void stop_loading(struct engine *engine) {
+    if (engine->host_store) {
+        host_store_stop(engine->host_store);
+        engine_take_copies(engine, engine_now_s());
+    }
+    struct adapter *adapter;
+    while (queue_pop(engine->hint_queue, &adapter, 1)) adapter_unref(adapter);
+    while (engine->hint_count > 0) adapter_unref(engine->hints[--engine->hint_count]);
+}
+
 void engine_destroy(struct engine *engine) {
     if (!engine) return;
     atomic_store(&engine->stopping, true);
@@ -167,13 +201,18 @@ void engine_destroy(struct engine *engine) {
     queue_close(engine->events);
     if (engine->has_thread) pthread_join(engine->thread, NULL);
     abandon_all(engine);
+    stop_loading(engine);
     engine_assert(engine);
     residency_destroy(engine->residency);
+    prefix_destroy(engine->prefix);
+    eviction_destroy(engine->eviction);
+    host_store_destroy(engine->host_store);
     VERIFY_OP(pool_counts(engine->pool).of[PAGE_FREE], ==, engine->geometry.pool_pages);
     pool_destroy(engine->pool);
     engine->ops->memory_destroy(engine->backend, engine->pool_memory);
     queue_destroy(engine->submissions);
     queue_destroy(engine->events);
+    queue_destroy(engine->hint_queue);
     sched_scratch_destroy(engine->sched_scratch);
     sampler_scratch_destroy(engine->sampler_scratch);
     batch_destroy(&engine->batch);
@@ -316,6 +355,21 @@ void engine_force_out(struct engine *engine, struct adapter *adapter) {
     atomic_store(&adapter->forced, true);
     atomic_store(&engine->cancels, true);
     queue_notify(engine->submissions);
+}
+
+enum status engine_prefetch(struct engine *engine, struct adapter *adapter, struct error *err) {
+    adapter_ref(adapter);
+    if (!queue_push(engine->hint_queue, &adapter, 1)) {
+        adapter_unref(adapter);
+        return error_set(err, STATUS_FULL, "%d adapters are being prefetched already; try again",
+                         ENGINE_HINTS_MAX);
+    }
+    queue_notify(engine->submissions);
+    return STATUS_OK;
+}
+
+void engine_adopt(struct engine *engine, struct adapter *adapter) {
+    host_store_adopt(engine->host_store, adapter);
 }
 
 int engine_poll(struct engine *engine, struct engine_event *events, int max) {

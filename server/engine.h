@@ -8,6 +8,7 @@
 #ifndef LORAD_SERVER_ENGINE_H
 #define LORAD_SERVER_ENGINE_H
 
+#include "pager/eviction.h"
 #include "server/metrics.h"
 #include "server/model/model.h"
 #include "server/registry.h"
@@ -26,6 +27,10 @@ struct engine_options {
     size_t pool_bytes;
     const struct tenant_weight *tenant_weights; // borrowed until destroy (tenants.h)
     int tenant_weight_count;
+    size_t host_bytes;      // of adapters' images in host memory; 0: no limit
+    int load_threads;       // that read and copy adapters; 0: the engine does, between steps
+    bool prefix_cache;      // equal prefixes within a tenant and adapter share pages
+    enum eviction_policy eviction;
     int preempt_every;      // tests: force a preemption every n steps; 0 = never
     void (*wake)(void *context);
     void *wake_context;
@@ -46,6 +51,7 @@ struct engine_event {
     int top_count;
     struct token_logprob top[LOGPROBS_MAX];
     int prompt_tokens, completion_tokens; // so far
+    int cached_tokens;          // of the prompt, that the prefix cache had
 };
 
 // Takes nothing over but borrows all until destroy. `tokenizer` may be NULL (token ids only). The
@@ -76,6 +82,12 @@ void engine_cancel(struct engine *engine, struct request *request); // a termina
 // Ends every request that uses this generation, running, waiting or submitted later, with
 // STATUS_NOT_FOUND. The name must lead to it no more. API thread.
 void engine_force_out(struct engine *engine, struct adapter *adapter);
+// The adapter's image is brought to host memory and, where pages are free, to the device; also to
+// be called after `pinned` has changed. API thread. STATUS_FULL: too many such hints wait.
+MUST_CHECK enum status engine_prefetch(struct engine *engine, struct adapter *adapter,
+                                       struct error *err);
+// An adapter that adapter_load has read: its image counts in host_bytes from now on. Any thread.
+void engine_adopt(struct engine *engine, struct adapter *adapter);
 // Up to `max` events; returns how many. The receiver owns event texts.
 int engine_poll(struct engine *engine, struct engine_event *events, int max);
 // Seconds a new request would wait, for Retry-After (at least 1).

@@ -2,18 +2,24 @@
 //
 //   engine.c         creation, the thread, and the calls of the API thread
 //   engine_step.c    one step: who runs, with which pages and adapters
+//   engine_adapters.c  adapters on their way to the device, before a step
 //   engine_batch.c   the planned sequences as one struct model_step
 //   engine_output.c  rows of logits -> tokens -> events; the end of a request
 #ifndef LORAD_SERVER_ENGINE_INTERNAL_H
 #define LORAD_SERVER_ENGINE_INTERNAL_H
 
 #include "server/engine.h"
+#include "pager/host_store.h"
+#include "pager/prefix.h"
+#include "pager/residency.h"
 #include "server/queue.h"
 #include "server/scheduler.h"
 #include "server/sequence.h"
 #include "server/tenants.h"
 
 #include <pthread.h>
+
+enum { SCHED_WINDOW = 64, ENGINE_HINTS_MAX = 64 }; // requests that one plan looks at; hints kept
 
 // Host arrays of one step, allocated once for the largest.
 struct engine_batch {
@@ -53,7 +59,17 @@ struct engine {
     // Engine thread only, from here on.
     void *pool_memory;
     struct pool *pool;
+    struct eviction *eviction;
+    struct prefix *prefix; // NULL: without a prefix cache
     struct residency *residency;
+    struct host_store *host_store;
+    struct queue *hint_queue; // struct adapter *, references, from the API thread
+    struct adapter *hints[ENGINE_HINTS_MAX];
+    int hint_count;
+    uint64_t residency_changes;    // seen by who waits
+    struct sequence *holder;       // engine_adapters.c; NULL mostly
+    struct sequence *passed_over;  // in this step: the first cold one that found no pages
+    int reserved_pages;            // for the holder
     // Invariant 4 of the server: who fills each page, so that no token is ever computed with
     // another sequence's KV or another adapter generation's weights. See page_tag_*.
     uint64_t *page_tags; // [page_count]
@@ -76,20 +92,31 @@ struct engine {
     struct residency_counts residency_seen; // what metrics have been told
 };
 
-enum { SCHED_WINDOW = 64 }; // waiting requests that one plan looks at
 
 double engine_now_s(void); // monotonic
 
 static inline uint64_t page_tag_kv(const struct sequence *sequence) {
-    return sequence->item.arrival << 1;
+    return sequence->item.arrival << 2;
 }
 static inline uint64_t page_tag_adapter(uint64_t generation) {
-    return generation << 1 | 1;
+    return generation << 2 | 1;
+}
+static inline uint64_t page_tag_shared(const struct sequence *sequence) {
+    return sequence->scope_tag << 2 | 2;
 }
 
 // engine_step.c: takes `sequence` out of the running or waiting list, its pages and adapters back.
 void engine_release(struct engine *engine, struct sequence *sequence, double now_s);
 void engine_assert(const struct engine *engine); // every invariant, walking every page
+int engine_fixed_pages(const struct engine *engine); // that no sequence has to itself
+
+// engine_adapters.c
+void engine_move_adapters(struct engine *engine, double now_s);
+void engine_take_copies(struct engine *engine, double now_s);
+void engine_forget_hint(struct engine *engine, const struct adapter *adapter);
+// `sequence` begins (1) or stops (-1) to wait for its adapters; says whether it is cold.
+void engine_want_adapters(struct engine *engine, struct sequence *sequence, int change);
+void engine_release_held(struct engine *engine, struct sequence *sequence, double now_s);
 
 // engine_batch.c: what `running` has planned, as engine->batch.step.
 void engine_batch_build(struct engine *engine);
@@ -100,6 +127,8 @@ void engine_take_rows(struct engine *engine, const float *logits, double now_s);
 // Ends a request without a token: FINISH_ABORT with a status, or FINISH_LENGTH with STATUS_OK.
 void engine_end_early(struct engine *engine, struct sequence *sequence, enum finish_reason finish,
                       enum status status, double now_s);
+void engine_end_with(struct engine *engine, struct sequence *sequence, enum status status,
+                     const char *text, double now_s); // the same, aborted for a reason of its own
 void engine_flush_events(struct engine *engine);
 void engine_update_metrics(struct engine *engine, double step_s);
 

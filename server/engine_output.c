@@ -17,7 +17,8 @@ static struct engine_event *add_event(struct engine *engine, const struct sequen
     *event = (struct engine_event){.request = sequence->request,
                                    .token = -1,
                                    .prompt_tokens = sequence->request->prompt_count,
-                                   .completion_tokens = sequence_generated(sequence)};
+                                   .completion_tokens = sequence_generated(sequence),
+                                   .cached_tokens = sequence->hit_tokens};
     return event;
 }
 
@@ -77,13 +78,22 @@ static void end_sequence(struct engine *engine, struct sequence *sequence,
     VERIFY_OP(unfinished, >, 0);
 }
 
-void engine_end_early(struct engine *engine, struct sequence *sequence, enum finish_reason finish,
-                      enum status status, double now_s) {
+static void end_early(struct engine *engine, struct sequence *sequence, enum finish_reason finish,
+                      enum status status, const char *text, double now_s) {
     struct engine_event *event = add_event(engine, sequence);
     event->error = status;
-    if (status != STATUS_OK)
-        snprintf(event->error_text, sizeof event->error_text, "%s", end_text(status));
+    snprintf(event->error_text, sizeof event->error_text, "%s", text);
     end_sequence(engine, sequence, event, finish, now_s);
+}
+
+void engine_end_early(struct engine *engine, struct sequence *sequence, enum finish_reason finish,
+                      enum status status, double now_s) {
+    end_early(engine, sequence, finish, status, status == STATUS_OK ? "" : end_text(status), now_s);
+}
+
+void engine_end_with(struct engine *engine, struct sequence *sequence, enum status status,
+                     const char *text, double now_s) {
+    end_early(engine, sequence, FINISH_ABORT, status, text, now_s);
 }
 
 // ------------------------------------------------------------------ tokens
@@ -181,6 +191,20 @@ static void echo(struct engine *engine, struct sequence *sequence, int position,
     sequence->echoed++;
 }
 
+// Its full pages become prefixes that others may share.
+static void share_pages(struct engine *engine, struct sequence *sequence) {
+    int full = sequence->item.tokens_cached / PAGE_TOKENS;
+    if (!engine->prefix || full == sequence->shared_count) return;
+    int before = sequence->shared_count;
+    sequence->shared_count =
+        prefix_add(engine->prefix, &sequence->scope, sequence->tokens,
+                   sequence->item.tokens_cached, sequence->pages, sequence->shared_count);
+    VERIFY_OP(sequence->shared_count, ==, full);
+    sequence->item.tokens_shared = full * PAGE_TOKENS;
+    for (int i = before; i < full; i++)
+        engine->page_tags[sequence->pages[i]] = page_tag_shared(sequence);
+}
+
 static void take_rows(struct engine *engine, struct sequence *sequence, const float *logits,
                       double now_s) {
     struct sched_item *item = &sequence->item;
@@ -188,6 +212,7 @@ static void take_rows(struct engine *engine, struct sequence *sequence, const fl
     const float *rows = logits + (size_t)sequence->row_first * vocabulary;
     int first = item->tokens_cached;
     sequence_cached(sequence, item->planned);
+    share_pages(engine, sequence);
     item->last_step = engine->step;
     for (int i = 0; item->rows_all && i < sequence->row_count; i++)
         echo(engine, sequence, first + i, rows + (size_t)i * vocabulary);
@@ -242,6 +267,13 @@ static void update_residency(struct engine *engine) {
     atomic_fetch_add(&metrics->adapter_evictions, now.evictions - seen->evictions);
     atomic_fetch_add(&metrics->adapter_bytes_moved, now.bytes_moved - seen->bytes_moved);
     *seen = now;
+    struct host_store_counts host = host_store_counts(engine->host_store);
+    atomic_store(&metrics->host_images, host.images);
+    atomic_store(&metrics->host_bytes, host.bytes_used);
+    atomic_store(&metrics->host_reads, host.reads);
+    atomic_store(&metrics->host_read_failures, host.read_failures);
+    atomic_store(&metrics->host_read_us, (uint64_t)(host.read_s * 1e6));
+    atomic_store(&metrics->host_copy_us, (uint64_t)(host.copy_s * 1e6));
 }
 
 void engine_update_metrics(struct engine *engine, double step_s) {
@@ -253,7 +285,7 @@ void engine_update_metrics(struct engine *engine, double step_s) {
     atomic_store(&metrics->running, engine->running_count);
     atomic_store(&metrics->waiting, engine->waiting_count);
     update_residency(engine);
-    bool idle = engine->running_count + engine->waiting_count == 0 && step_s <= 0;
+    bool idle = step_s <= 0;
     atomic_store(&metrics->step_tokens, idle ? 0 : batch->step.token_count);
     atomic_store(&metrics->step_adapters, idle ? 0 : batch->adapters);
     if (batch->adapters > atomic_load(&metrics->step_adapters_max))

@@ -63,6 +63,7 @@ static void list_remove(struct sched_item **list, int *count, const struct sched
 static void wait_insert(struct engine *engine, struct sequence *sequence) {
     list_insert(engine->waiting_list, &engine->waiting_count, engine->waiting_max, &sequence->item,
                 sched_before);
+    engine_want_adapters(engine, sequence, 1);
     tenants_wait(engine->tenants, &sequence->item);
     double deadline_s = sequence->request->deadline_s;
     if (deadline_s > 0 && deadline_s < engine->waiting_deadline_s)
@@ -84,12 +85,16 @@ void engine_release(struct engine *engine, struct sequence *sequence, double now
     if (sequence->state == SEQUENCE_WAITING) {
         list_remove(engine->waiting_list, &engine->waiting_count, &sequence->item);
         tenants_unwait(engine->tenants, &sequence->item);
+        engine_want_adapters(engine, sequence, -1);
+        engine_release_held(engine, sequence, now_s);
         atomic_fetch_sub(&engine->waiting, 1);
         return;
     }
     list_remove(engine->running, &engine->running_count, &sequence->item);
-    pool_give(engine->pool, PAGE_KV, sequence->pages, sequence->page_count);
-    sequence->page_count = 0;
+    int shared = sequence->shared_count;
+    if (shared > 0) prefix_leave(engine->prefix, sequence->pages, shared, now_s);
+    pool_give(engine->pool, PAGE_KV, sequence->pages + shared, sequence->page_count - shared);
+    sequence->page_count = sequence->shared_count = sequence->item.tokens_shared = 0;
     release_adapters(engine, sequence, sequence->item.adapter_count, now_s);
 }
 
@@ -167,15 +172,34 @@ static void preempt_for_test(struct engine *engine, double now_s) {
     if (sequence) preempt(engine, sequence, now_s);
 }
 
+int engine_fixed_pages(const struct engine *engine) {
+    return pool_counts(engine->pool).of[PAGE_ADAPTER] +
+           (engine->prefix ? prefix_used(engine->prefix) : 0);
+}
+
+// What the plan may expect of the prefix cache. The answer changes slowly and costs a walk over the
+// prompt, so that it is not asked for in every step.
+static void peek(struct engine *engine, struct sequence *sequence) {
+    enum { PEEK_STEPS = 16 };
+    if (!engine->prefix || sequence->item.rows_all ||
+        (sequence->peek_step > 0 && engine->step < sequence->peek_step + PEEK_STEPS))
+        return;
+    sequence->peek_step = engine->step;
+    sequence->item.tokens_hit =
+        PAGE_TOKENS * prefix_peek(engine->prefix, &sequence->scope, sequence->tokens,
+                                  sequence->item.tokens_total);
+}
+
 static void plan(struct engine *engine) {
     struct sched_limits limits = {.step_tokens_max = engine->options.step_tokens_max,
                                   .sequences_max = engine->options.sequences_max,
                                   .rows_max = engine->options.sequences_max,
-                                  .page_count = engine->geometry.pool_pages,
-                                  .adapter_pages = pool_counts(engine->pool).of[PAGE_ADAPTER],
+                                  .page_count = engine->geometry.pool_pages - engine->reserved_pages,
+                                  .fixed_pages = engine_fixed_pages(engine),
                                   .passes_max = SCHED_PASSES_MAX,
                                   .window = SCHED_WINDOW};
-    engine->window_count = tenants_window(engine->tenants, engine->window, SCHED_WINDOW);
+    engine->window_count = tenants_window(engine->tenants, false, engine->window, SCHED_WINDOW);
+    for (int i = 0; i < engine->window_count; i++) peek(engine, sequence_of(engine->window[i]));
     sched_plan(engine->running, engine->running_count, engine->window, engine->window_count,
                &limits, engine->sched_scratch);
 }
@@ -184,20 +208,22 @@ static void tag_pages(struct engine *engine, const int32_t *pages, int count, ui
     for (int i = 0; i < count; i++) engine->page_tags[pages[i]] = tag;
 }
 
-// All of a sequence's adapters, or none and false.
-static bool acquire_adapters(struct engine *engine, struct sequence *sequence, double now_s) {
-    for (int i = 0; i < sequence->item.adapter_count; i++) {
-        struct adapter *adapter = sequence->item.adapters[i];
-        bool resident = atomic_load(&adapter->resident);
-        if (residency_acquire(engine->residency, adapter, now_s) != STATUS_OK) {
-            release_adapters(engine, sequence, i, now_s);
-            return false;
-        }
-        if (!resident)
-            tag_pages(engine, adapter->pages, adapter->page_count,
-                      page_tag_adapter(adapter->generation));
-    }
-    return true;
+// Before its first token is computed: what the prefix cache has of it.
+static void match_prefix(struct engine *engine, struct sequence *sequence) {
+    struct sched_item *item = &sequence->item;
+    item->tokens_hit = 0;
+    if (!engine->prefix || item->rows_all) return;
+    int count = prefix_match(engine->prefix, &sequence->scope, sequence->tokens,
+                             item->tokens_total, sequence->pages);
+    for (int i = 0; i < count; i++)
+        VERIFY_OP(engine->page_tags[sequence->pages[i]], ==, page_tag_shared(sequence));
+    sequence->page_count = sequence->shared_count = count;
+    item->tokens_cached = item->tokens_shared = count * PAGE_TOKENS;
+    if (item->planned > item->tokens_total - item->tokens_cached)
+        item->planned = item->tokens_total - item->tokens_cached;
+    atomic_fetch_add(&engine->metrics->prefix_queries, (uint64_t)item->tokens_total);
+    atomic_fetch_add(&engine->metrics->prefix_hits, (uint64_t)item->tokens_cached);
+    if (!sequence->started) sequence->hit_tokens = item->tokens_cached;
 }
 
 static void first_start(struct engine *engine, struct sequence *sequence, double now_s) {
@@ -210,17 +236,21 @@ static void first_start(struct engine *engine, struct sequence *sequence, double
     sequence->item.charged = true; // a preempted one is not charged again
 }
 
-// Those whose adapters find no pages after all go on waiting; nobody else waits for them.
+// The window holds only those whose adapters are resident. Nothing is evicted before all of them
+// have theirs.
 static void admit(struct engine *engine, double now_s) {
     for (int i = 0; i < engine->window_count; i++) {
         struct sequence *sequence = sequence_of(engine->window[i]);
         struct sched_item *item = &sequence->item;
-        if (!item->admit || !acquire_adapters(engine, sequence, now_s)) {
-            item->planned = 0;
-            continue;
-        }
+        if (!item->admit) continue;
+        for (int j = 0; j < item->adapter_count; j++)
+            residency_acquire(engine->residency, item->adapters[j], now_s);
+        if (engine->passed_over) engine->passed_over->item.passed++;
+        engine_release_held(engine, sequence, now_s);
+        engine_want_adapters(engine, sequence, -1);
         list_remove(engine->waiting_list, &engine->waiting_count, item);
         tenants_unwait(engine->tenants, item);
+        match_prefix(engine, sequence);
         list_insert(engine->running, &engine->running_count, engine->options.sequences_max, item,
                     batched_before);
         atomic_fetch_sub(&engine->waiting, 1);
@@ -237,8 +267,7 @@ static bool take_pages(struct engine *engine, struct sequence *sequence) {
     if (missing <= 0) return true;
     VERIFY_OP(wanted, <=, sequence->pages_max);
     int32_t *pages = &sequence->pages[sequence->page_count];
-    int short_by = missing - pool_counts(engine->pool).of[PAGE_FREE];
-    if (short_by > 0 && residency_evict(engine->residency, short_by) < short_by) return false;
+    if (!eviction_reclaim(engine->eviction, missing, TIER_PINNED)) return false;
     if (pool_take(engine->pool, PAGE_KV, missing, pages) != STATUS_OK) return false;
     tag_pages(engine, pages, missing, page_tag_kv(sequence));
     sequence->page_count = wanted;
@@ -252,7 +281,12 @@ static void find_pages(struct engine *engine, double now_s) {
             i++;
             continue;
         }
-        VERIFY_OP(engine->running_count, >, 1); // alone, everyone fits
+        if (engine->running_count == 1 && engine->holder) { // who waits gives way
+            engine_release_held(engine, engine->holder, now_s);
+            continue;
+        }
+        // Alone, everyone fits, but for adapters that are just arriving.
+        VERIFY(engine->running_count > 1 || residency_counts(engine->residency).arriving > 0);
         struct sequence *victim = newest_running(engine, false);
         // The list closes up behind the victim: what followed `i` may now stand at i - 1.
         if (victim != sequence && batched_before(&victim->item, &sequence->item)) i--;
@@ -263,7 +297,7 @@ static void find_pages(struct engine *engine, double now_s) {
 static void compute(struct engine *engine) {
     engine_batch_build(engine);
     const struct engine_batch *batch = &engine->batch;
-    VERIFY_OP(batch->step.token_count, >, 0); // who waits alone is admitted; who runs has work
+    VERIFY_OP(batch->step.token_count, >, 0); // who runs has work
     double before = engine_now_s();
     const float *logits = model_forward(engine->model, &batch->step);
     double after = engine_now_s();
@@ -282,7 +316,9 @@ static void assert_pages(const struct engine *engine) {
     struct pool_counts counts = pool_counts(engine->pool);
     int held = 0;
     for (int i = 0; i < engine->running_count; i++)
-        held += sequence_of(engine->running[i])->page_count;
+        held += sequence_of(engine->running[i])->page_count -
+                sequence_of(engine->running[i])->shared_count;
+    if (engine->prefix) held += prefix_used(engine->prefix);
     VERIFY_OP(held, ==, counts.of[PAGE_KV]);
     VERIFY_OP(counts.of[PAGE_FREE] + counts.of[PAGE_KV] + counts.of[PAGE_ADAPTER] +
               counts.of[PAGE_CACHED], ==, counts.total);
@@ -298,7 +334,9 @@ void engine_assert(const struct engine *engine) {
         VERIFY_OP(sequence->item.tokens_cached, <, sequence->item.tokens_total);
         sequence_assert_state(sequence);
         for (int page = 0; page < sequence->page_count; page++)
-            VERIFY_OP(engine->page_tags[sequence->pages[page]], ==, page_tag_kv(sequence));
+            VERIFY_OP(engine->page_tags[sequence->pages[page]], ==,
+                      page < sequence->shared_count ? page_tag_shared(sequence)
+                                                    : page_tag_kv(sequence));
     }
     for (int i = 0; i < engine->waiting_count; i++) {
         const struct sequence *sequence = sequence_of(engine->waiting_list[i]);
@@ -318,13 +356,14 @@ bool engine_step(struct engine *engine) {
     take_submissions(engine);
     end_all_due(engine, cancels, now_s);
     residency_sweep(engine->residency);
-
-    bool works = engine->running_count + engine->waiting_count > 0;
+    if (engine->running_count + engine->waiting_count > 0) engine->step++;
+    preempt_for_test(engine, now_s);
+    engine_move_adapters(engine, now_s);
+    plan(engine);
+    admit(engine, now_s);
+    bool works = engine->running_count > 0;
+    host_store_set_busy(engine->host_store, works);
     if (works) {
-        engine->step++;
-        preempt_for_test(engine, now_s);
-        plan(engine);
-        admit(engine, now_s);
         find_pages(engine, now_s);
         compute(engine);
         assert_pages(engine);
@@ -332,7 +371,8 @@ bool engine_step(struct engine *engine) {
         engine->finish_s = 0;
         engine_update_metrics(engine, 0);
     }
-    bool ended = engine->step_event_count > 0;
+    bool more = engine->step_event_count > 0 ||
+                (engine->waiting_count > 0 && engine->options.load_threads == 0);
     engine_flush_events(engine);
-    return works || ended;
+    return works || more;
 }

@@ -136,6 +136,10 @@ static enum status create_engine(struct program *p, struct error *err) {
                                      .queue_max = o->max_queue,
                                      .context_max = p->context_max,
                                      .pool_bytes = pool_bytes,
+                                     .host_bytes = o->host_bytes ? o->host_bytes
+                                                                 : free_memory_bytes() / 4,
+                                     .load_threads = o->load_threads,
+                                     .prefix_cache = o->prefix_cache,
                                      .tenant_weights = o->tenant_weights,
                                      .tenant_weight_count = o->tenant_weight_count,
                                      .preempt_every = o->preempt_every,
@@ -168,7 +172,9 @@ static enum status register_adapter(struct program *p, const char *name, const c
     if (!status) {
         if (strncmp(source, "dummy:", 6) == 0 && !p->dummy)
             status = error_set(err, STATUS_FORBIDDEN, "dummy: adapters need --load-format dummy");
-        else status = adapter_load(engine_lora_geometry(p->engine), name, source, &adapter, err);
+        else
+            status =
+                adapter_open(engine_lora_geometry(p->engine), name, -1, source, &adapter, err);
         registry_commit(p->registry, name, adapter);
     }
     return status ? error_prefix(err, "adapter '%.60s' from %.120s", name, source) : status;
@@ -181,7 +187,7 @@ static enum status register_named(struct program *p, struct error *err) {
         char *name = mem_strndup(text, (size_t)(equals - text));
         status = register_adapter(p, name, equals + 1, err);
         free(name);
-        if ((i + 1) % 100 == 0) log_event(LOG_INFO, "adapters_loading", "registered=%d", i + 1);
+        if ((i + 1) % 1000 == 0) log_event(LOG_INFO, "adapters_loading", "registered=%d", i + 1);
     }
     return status;
 }

@@ -22,6 +22,9 @@ struct metrics {
     _Atomic uint64_t started, finished_stop, finished_length, aborted, failed;
     _Atomic uint64_t preemptions, steps, step_us, adapter_loads, adapter_evictions;
     _Atomic uint64_t adapter_bytes_moved;
+    _Atomic int host_images;
+    _Atomic uint64_t host_bytes, host_reads, host_read_failures, host_read_us, host_copy_us;
+    _Atomic uint64_t prefix_queries, prefix_hits; // tokens looked up; of those, found
     _Atomic int step_tokens, step_adapters, step_adapters_max; // of the last step; and the most ever
     struct histogram ttft, itl, e2e, queue_time;
     // Names in the last step, comma-joined, behind a sequence lock of the engine's.

@@ -47,6 +47,16 @@ static const struct option table[] = {
      "memory for KV cache and adapters together, as 512MiB or 4GiB; 0 takes a quarter\n"
      "of the memory that is free at start, or nine tenths of what a GPU has left",
      KIND_SIZE, AT(pool_bytes), 0, 0},
+    {"host-bytes", "SIZE", "0",
+     "host memory for adapters that are not in the pool; those beyond it are read from disk\n"
+     "again when they are asked for. 0 takes a quarter of the memory that is free at start",
+     KIND_SIZE, AT(host_bytes), 0, 0},
+    {"load-threads", "N", "2", "threads that read adapters and copy them into the pool", KIND_INT,
+     AT(load_threads), 1, 64},
+    {"prefix-cache", "0|1", "1",
+     "1 keeps computed prompts, so that requests of the same tenant and adapter with an equal\n"
+     "prefix do not compute it again (as far as the pool has room)",
+     KIND_INT, AT(prefix_cache), 0, 1},
     {"max-seqs", "N", "64", "sequences that run at once", KIND_INT, AT(max_seqs), 1, 4096},
     {"max-step-tokens", "N", "512", "tokens in a step: longer prompts are prefilled in chunks",
      KIND_INT, AT(max_step_tokens), 1, 65536},

@@ -22,6 +22,8 @@ struct options {
     int tenant_weight_count;
     int port, threads, max_seqs, max_step_tokens, max_model_len, max_queue, seed, preempt_every;
     size_t pool_bytes; // 0: a quarter of free memory
+    size_t host_bytes; // 0: a quarter of free memory, too
+    int load_threads, prefix_cache; // prefix_cache: 0 or 1
     int drain_s;
     bool host_given, help;
 };

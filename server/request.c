@@ -24,5 +24,6 @@ void request_destroy(struct request *request) {
     free((void *)request->sampling.bias_ids);
     free((void *)request->sampling.bias_values);
     free(request->prompt);
+    free(request->cache_salt);
     free(request);
 }

@@ -35,6 +35,7 @@ struct request {
     int choice;   // index in the API's answer
     char id[64];
     char tenant[64];
+    char *cache_salt; // malloc'd, owned; pages of other salts are not shared; NULL is ""
     struct adapter *adapters[REQUEST_ADAPTERS_MAX]; // referenced; released with the request
     float adapter_weights[REQUEST_ADAPTERS_MAX];
     int adapter_count;

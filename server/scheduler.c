@@ -19,7 +19,7 @@ struct sched_scratch {
 struct planner {
     const struct sched_limits *limits;
     struct sched_scratch *scratch;
-    int running, adapter_pages;
+    int running, fixed_pages;
     long long used_pages; // of the planned and the running, without growth: a bound on their peak
     int tokens, rows, admitted;
     int rows_kept; // one for each running sequence that has not been planned yet
@@ -76,7 +76,8 @@ static int load_insert(struct sched_scratch *scratch, const struct sched_item *i
     int at = scratch->load_count++;
     for (; at > 0 && scratch->loads[at - 1].left < item->tokens_left; at--)
         scratch->loads[at] = scratch->loads[at - 1];
-    scratch->loads[at] = (struct sched_load){.used = item->tokens_total, .left = item->tokens_left};
+    scratch->loads[at] = (struct sched_load){.used = item->tokens_total - item->tokens_shared,
+                                             .left = item->tokens_left};
     return at;
 }
 
@@ -87,7 +88,7 @@ static void load_remove(struct sched_scratch *scratch, int at) {
 }
 
 static int tokens_to_do(const struct sched_item *item) {
-    return item->tokens_total - item->tokens_cached;
+    return item->tokens_total - item->tokens_cached - item->tokens_hit;
 }
 
 static int min_int(int a, int b) {
@@ -147,14 +148,15 @@ static bool adapter_counted(const struct planner *planner, const struct adapter 
 static bool try_admit(struct planner *planner, struct sched_item *item) {
     const struct sched_limits *limits = planner->limits;
     struct sched_scratch *scratch = planner->scratch;
-    int saved = scratch->adapter_count, pages = planner->adapter_pages;
+    int saved = scratch->adapter_count, pages = planner->fixed_pages;
     for (int i = 0; i < item->adapter_count; i++)
         if (!adapter_counted(planner, item->adapters[i])) {
             VERIFY_OP(scratch->adapter_count, <, scratch->adapters_max);
             scratch->adapters[scratch->adapter_count++] = item->adapters[i];
             pages += item->adapters[i]->page_count;
         }
-    long long used_pages = planner->used_pages + sched_pages(item->tokens_total);
+    long long used_pages = planner->used_pages +
+                           sched_pages(item->tokens_total - item->tokens_shared);
     if (used_pages + pages > limits->page_count) { // spares most of a full pool's candidates
         scratch->adapter_count = saved;
         return false;
@@ -171,7 +173,7 @@ static bool try_admit(struct planner *planner, struct sched_item *item) {
         load_remove(scratch, at);
         return false;
     }
-    planner->adapter_pages = pages;
+    planner->fixed_pages = pages;
     planner->used_pages = used_pages;
     planner->running++;
     planner->admitted++;
@@ -200,6 +202,13 @@ static void admit_walk(struct planner *planner, struct sched_item *const *waitin
     }
 }
 
+int sched_running_peak(struct sched_item *const *running, int running_count,
+                       struct sched_scratch *scratch) {
+    scratch->load_count = 0;
+    for (int i = 0; i < running_count; i++) load_insert(scratch, running[i]);
+    return sched_peak_pages(scratch->loads, scratch->load_count);
+}
+
 struct sched_plan sched_plan(struct sched_item *const *running, int running_count,
                              struct sched_item *const *waiting, int waiting_count,
                              const struct sched_limits *limits, struct sched_scratch *scratch) {
@@ -207,14 +216,14 @@ struct sched_plan sched_plan(struct sched_item *const *running, int running_coun
     VERIFY_OP(limits->sequences_max, <=, scratch->sequences_max);
     VERIFY_OP(limits->sequences_max, <=, limits->rows_max);
     struct planner planner = {.limits = limits, .scratch = scratch, .running = running_count,
-                              .adapter_pages = limits->adapter_pages, .rows_kept = running_count};
+                              .fixed_pages = limits->fixed_pages, .rows_kept = running_count};
     scratch->load_count = scratch->adapter_count = 0;
     for (int i = 0; i < running_count; i++) {
         running[i]->planned = 0;
         running[i]->admit = false;
         VERIFY_OP(tokens_to_do(running[i]), >, 0);
         load_insert(scratch, running[i]);
-        planner.used_pages += sched_pages(running[i]->tokens_total);
+        planner.used_pages += sched_pages(running[i]->tokens_total - running[i]->tokens_shared);
     }
     int window = min_int(waiting_count, limits->window);
     for (int i = 0; i < waiting_count; i++) {

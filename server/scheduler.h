@@ -23,6 +23,8 @@ struct sched_item {
     int tokens_total;  // prompt and generated so far
     int tokens_cached; // of those, in the KV cache
     int tokens_left;   // by how many tokens the cache may still grow beyond tokens_total
+    int tokens_hit;    // who waits: of its tokens, likely to be found in the prefix cache
+    int tokens_shared; // tokens in pages that limits.fixed_pages counts
     bool rows_all;     // wants logits of every token, not of the last one alone
     int priority;      // smaller first
     uint64_t arrival;  // unique
@@ -33,6 +35,7 @@ struct sched_item {
     int tenant;        // tenants.h: its place, its neighbours in the tenant's queue, and whether its
     struct sched_item *tenant_next, *tenant_previous; // prompt has been charged
     bool charged;
+    bool cold;         // some adapter of it is not resident: it stands in its tenant's other queue
     int planned;       // out: tokens in this step
     bool admit;        // out: take it from waiting to running
 };
@@ -40,7 +43,7 @@ struct sched_item {
 struct sched_limits {
     int step_tokens_max, sequences_max, rows_max;
     int page_count;
-    int adapter_pages; // in use by running sequences
+    int fixed_pages; // of adapters in use or arriving, and of prefixes that sequences share
     int passes_max;
     int window; // waiting items looked at in one step
 };
@@ -60,6 +63,9 @@ struct sched_plan sched_plan(struct sched_item *const *running, int running_coun
 
 bool sched_before(const struct sched_item *a, const struct sched_item *b);
 
+// The predicted peak of the running sequences' own pages.
+int sched_running_peak(struct sched_item *const *running, int running_count,
+                       struct sched_scratch *scratch);
 // Pages for `tokens` tokens of one sequence.
 int sched_pages(int tokens);
 // The predicted peak of KV pages for sequences sorted by tokens_left descending.

@@ -3,6 +3,7 @@
 #include "server/sequence.h"
 
 #include "base/memory.h"
+#include "base/sha256.h"
 #include "base/verify.h"
 
 #include <stddef.h>
@@ -31,6 +32,24 @@ int sequence_pages_max(const struct request *request) {
     return sched_pages(request->prompt_count + (max_tokens > 1 ? max_tokens - 1 : 0));
 }
 
+// Pages may be shared within one tenant (and its cache_salt), and one list of adapter generations
+// with weights.
+static void set_scope(struct sequence *sequence) {
+    const struct request *request = sequence->request;
+    struct sha256 hash;
+    sha256_init(&hash);
+    sha256_update(&hash, request->tenant, strlen(request->tenant) + 1);
+    const char *salt = request->cache_salt ? request->cache_salt : "";
+    sha256_update(&hash, salt, strlen(salt) + 1);
+    for (int i = 0; i < request->adapter_count; i++) {
+        sha256_update(&hash, &request->adapters[i]->generation, sizeof(uint64_t));
+        sha256_update(&hash, &request->adapter_weights[i], sizeof(float));
+    }
+    sha256_bytes(&hash, sequence->scope.bytes);
+    memcpy(&sequence->scope_tag, sequence->scope.bytes, sizeof sequence->scope_tag);
+    if (request->adapter_count > 0) sequence->scope.list = &request->adapters[0]->prefixes;
+}
+
 static void prime_detokenizer(struct sequence *sequence) {
     int count = sequence->request->prompt_count;
     const char *text;
@@ -54,6 +73,7 @@ struct sequence *sequence_create(struct request *request, const struct tokenizer
     sequence->pages_max = sequence_pages_max(request);
     sequence->pages = mem_zalloc((size_t)sequence->pages_max, sizeof *sequence->pages);
     sequence->echoed = 1;
+    set_scope(sequence);
     for (int i = 0; i < request->adapter_count; i++)
         sequence->generations[i] = request->adapters[i]->generation;
     sequence->item = (struct sched_item){.tokens_total = request->prompt_count,
@@ -96,10 +116,14 @@ void sequence_assert_state(const struct sequence *sequence) {
     case SEQUENCE_WAITING:
         VERIFY_OP(sequence->page_count, ==, 0);
         VERIFY_OP(item->tokens_cached, ==, 0);
+        VERIFY_OP(sequence->shared_count, ==, 0);
         return;
     case SEQUENCE_RUNNING:
         VERIFY_OP(item->tokens_cached, <=, item->tokens_total);
         VERIFY_OP(sequence->page_count, >=, sched_pages(item->tokens_cached));
+        VERIFY_OP(sequence->shared_count * PAGE_TOKENS, <=, item->tokens_cached);
+        VERIFY_OP(item->tokens_hit, ==, 0);
+        VERIFY_OP(sequence->held_adapters, ==, 0);
         for (int i = 0; i < item->adapter_count; i++) {
             VERIFY_OP(item->adapters[i]->running, >, 0);
             VERIFY_OP(item->adapters[i]->generation, ==, sequence->generations[i]);
@@ -107,6 +131,7 @@ void sequence_assert_state(const struct sequence *sequence) {
         return;
     case SEQUENCE_ENDED:
         VERIFY_OP(sequence->page_count, ==, 0);
+        VERIFY_OP(sequence->held_adapters, ==, 0);
         return;
     }
     VERIFY(!"a sequence's state");
@@ -125,6 +150,7 @@ void sequence_preempt(struct sequence *sequence) {
     sequence->item.tokens_cached = 0;
     sequence->item.planned = 0;
     sequence->item.passed = 0;
+    sequence->peek_step = 0;
     sequence->spared = true;
     sequence_assert_state(sequence);
 }

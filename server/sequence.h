@@ -5,7 +5,7 @@
 //      |                           |
 //      +-------sequence_end--------+--> ENDED --sequence_destroy
 //
-//   WAITING: no pages, nothing cached, no adapter held. Its tokens (after a preemption: prompt and
+//   WAITING: no pages, nothing cached, no adapter held (but by the one holder). Its tokens (after a preemption: prompt and
 //            all that was generated) and its text state stay, so that it goes on as if it had
 //            never stopped: what it draws depends on its seed and its positions alone.
 //   RUNNING: holds its adapters (residency_acquire) and pages for its cached tokens at least.
@@ -16,6 +16,7 @@
 #ifndef LORAD_SERVER_SEQUENCE_H
 #define LORAD_SERVER_SEQUENCE_H
 
+#include "pager/prefix.h"
 #include "server/request.h"
 #include "server/scheduler.h"
 #include "server/stop_match.h"
@@ -32,6 +33,12 @@ struct sequence {
     int32_t *tokens; // [prompt_count + max_tokens], the first item.tokens_total are there
     int32_t *pages;  // [pages_max], the first page_count are its own
     int page_count, pages_max;
+    int shared_count; // of them, the first that are nodes of the prefix cache
+    struct prefix_scope scope; // with whom it may share
+    uint64_t scope_tag;        // a part of it, for page tags
+    int hit_tokens;            // of its prompt, found in the prefix cache when it first started
+    uint64_t peek_step;        // when item.tokens_hit was last looked up
+    uint8_t held_adapters;     // WAITING: its adapters that it keeps, by bits (engine_adapters.c)
     int echoed; // prompt tokens that have had their event; the first has none
 
     // Text: detokenized, not yet sent.

@@ -13,7 +13,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-enum { SCHEMA_VERSION = 1 };
+enum { SCHEMA_VERSION = 2 };
 
 struct store {
     sqlite3 *db;
@@ -38,16 +38,17 @@ static enum status run(struct store *store, const char *sql, struct error *err) 
                                                                        : refuse(store, err);
 }
 
-static enum status check_version(struct store *store, struct error *err) {
+// The version found; 0: a new database.
+static enum status check_version(struct store *store, int *version, struct error *err) {
     sqlite3_stmt *statement;
     if (sqlite3_prepare_v2(store->db, "PRAGMA user_version", -1, &statement, NULL) != SQLITE_OK)
         return refuse(store, err);
     enum status status = STATUS_OK;
     if (sqlite3_step(statement) != SQLITE_ROW) status = refuse(store, err);
-    else if (sqlite3_column_int(statement, 0) > SCHEMA_VERSION)
+    *version = status ? 0 : sqlite3_column_int(statement, 0);
+    if (*version > SCHEMA_VERSION)
         status = error_set(err, STATUS_INVALID, "the registry in --state-dir has version %d; this "
-                           "lorad knows versions up to %d", sqlite3_column_int(statement, 0),
-                           SCHEMA_VERSION);
+                           "lorad knows versions up to %d", *version, SCHEMA_VERSION);
     sqlite3_finalize(statement);
     return status;
 }
@@ -66,11 +67,14 @@ enum status store_open(const char *folder, struct store **out, struct error *err
     // The lock is taken by the first write, and kept.
     if (!status) status = run(store, "PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL;"
                               "PRAGMA synchronous=FULL; BEGIN IMMEDIATE", err);
-    if (!status) status = check_version(store, err);
+    int version = 0;
+    if (!status) status = check_version(store, &version, err);
+    if (!status && version == 1)
+        status = run(store, "ALTER TABLE adapters ADD COLUMN stamp TEXT NOT NULL DEFAULT ''", err);
     if (!status)
         status = run(store, "CREATE TABLE IF NOT EXISTS adapters(name TEXT PRIMARY KEY NOT NULL,"
-                     "path TEXT NOT NULL, digest TEXT NOT NULL, dtype TEXT NOT NULL) WITHOUT ROWID;"
-                     "PRAGMA user_version=1; COMMIT", err);
+                     "path TEXT NOT NULL, digest TEXT NOT NULL, dtype TEXT NOT NULL,"
+                     "stamp TEXT NOT NULL) WITHOUT ROWID; PRAGMA user_version=2; COMMIT", err);
     if (status) {
         store_close(store);
         return status;
@@ -85,7 +89,7 @@ void store_close(struct store *store) {
     free(store);
 }
 
-// Runs one statement with up to four texts bound, in a transaction of its own.
+// Runs one statement with up to five texts bound, in a transaction of its own.
 static enum status change(struct store *store, const char *sql, const char *const *texts, int count,
                           struct error *err) {
     // Another thread's call must not come between a failure and its message.
@@ -103,10 +107,10 @@ static enum status change(struct store *store, const char *sql, const char *cons
 }
 
 enum status store_put(struct store *store, const char *name, const char *path, const char *digest,
-                      const char *dtype, struct error *err) {
-    const char *const texts[] = {name, path, digest, dtype};
-    return change(store, "INSERT OR REPLACE INTO adapters(name, path, digest, dtype) "
-                  "VALUES(?, ?, ?, ?)", texts, 4, err);
+                      const char *dtype, const char *stamp, struct error *err) {
+    const char *const texts[] = {name, path, digest, dtype, stamp};
+    return change(store, "INSERT OR REPLACE INTO adapters(name, path, digest, dtype, stamp) "
+                  "VALUES(?, ?, ?, ?, ?)", texts, 5, err);
 }
 
 enum status store_delete(struct store *store, const char *name, struct error *err) {
@@ -123,7 +127,7 @@ enum status store_list(struct store *store, struct store_entry **list, int *coun
     *list = NULL;
     *count = 0;
     sqlite3_stmt *statement;
-    if (sqlite3_prepare_v2(store->db, "SELECT name, path, digest, dtype FROM adapters "
+    if (sqlite3_prepare_v2(store->db, "SELECT name, path, digest, dtype, stamp FROM adapters "
                            "ORDER BY name", -1, &statement, NULL) != SQLITE_OK)
         return refuse(store, err);
     struct store_entry *found = NULL;
@@ -132,7 +136,8 @@ enum status store_list(struct store *store, struct store_entry **list, int *coun
         if (n == room) found = mem_realloc(found, (size_t)(room = room ? 2 * room : 16) *
                                            sizeof *found);
         found[n++] = (struct store_entry){column_copy(statement, 0), column_copy(statement, 1),
-                                          column_copy(statement, 2), column_copy(statement, 3)};
+                                          column_copy(statement, 2), column_copy(statement, 3),
+                                          column_copy(statement, 4)};
     }
     enum status status = code == SQLITE_DONE ? STATUS_OK : refuse(store, err);
     sqlite3_finalize(statement);
@@ -151,6 +156,7 @@ void store_list_free(struct store_entry *list, int count) {
         free(list[i].path);
         free(list[i].digest);
         free(list[i].dtype);
+        free(list[i].stamp);
     }
     free(list);
 }

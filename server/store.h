@@ -13,14 +13,16 @@ struct store;
 MUST_CHECK enum status store_open(const char *folder, struct store **out, struct error *err);
 void store_close(struct store *store); // NULL is allowed
 
-// Adds or replaces one name. `dtype` is that of the image whose digest it is.
+// Adds or replaces one name. `dtype` is that of the image whose digest it is; `stamp` says which
+// state of the files it was (any text).
 // STATUS_NO_PAGES: the disk is full; STATUS_IO: anything else. Either way all is as before.
 MUST_CHECK enum status store_put(struct store *store, const char *name, const char *path,
-                                 const char *digest, const char *dtype, struct error *err);
+                                 const char *digest, const char *dtype, const char *stamp,
+                                 struct error *err);
 MUST_CHECK enum status store_delete(struct store *store, const char *name, struct error *err);
 
 struct store_entry {
-    char *name, *path, *digest, *dtype;
+    char *name, *path, *digest, *dtype, *stamp;
 };
 // All of them by name; on STATUS_OK *list is the caller's to give to store_list_free.
 MUST_CHECK enum status store_list(struct store *store, struct store_entry **list, int *count,

@@ -15,7 +15,9 @@ struct tenant {
     char name[NAME_MAX_BYTES];
     double counter, weight;
     int inside;                      // requests, waiting and running; 0: the place may be taken
-    struct sched_item *first, *last; // who waits
+    struct waiting {
+        struct sched_item *first, *last;
+    } queue[2]; // who waits; [1]: those who are cold
     int listed;                      // its index in `waiting`
     bool known;                      // has a name: its counter means something
 };
@@ -57,6 +59,10 @@ void tenants_destroy(struct tenants *t) {
     free(t);
 }
 
+static bool waits(const struct tenant *tenant) {
+    return tenant->queue[0].first || tenant->queue[1].first;
+}
+
 static double weight_of(const struct tenants *t, const char *name) {
     for (int i = 0; i < t->weight_count; i++)
         if (strcmp(t->weights[i].name, name) == 0) return t->weights[i].weight;
@@ -95,7 +101,7 @@ void tenants_leave(struct tenants *t, int place) {
     struct tenant *tenant = &t->tenant[place];
     VERIFY_OP(tenant->inside, >, 0);
     t->active -= --tenant->inside == 0;
-    VERIFY(tenant->inside > 0 || !tenant->first);
+    VERIFY(tenant->inside > 0 || !waits(tenant));
 }
 
 // ------------------------------------------------------------------ who waits
@@ -109,31 +115,46 @@ static void lift(struct tenants *t, struct tenant *tenant) {
     if (tenant->counter < least) tenant->counter = least;
 }
 
+static void queue_insert(struct waiting *queue, struct sched_item *item) {
+    // Newcomers stand last, who was preempted first: both ends are near.
+    struct sched_item *before = queue->last;
+    if (queue->first && sched_before(item, queue->first)) before = NULL;
+    while (before && sched_before(item, before)) before = before->tenant_previous;
+    item->tenant_previous = before;
+    item->tenant_next = before ? before->tenant_next : queue->first;
+    *(before ? &before->tenant_next : &queue->first) = item;
+    *(item->tenant_next ? &item->tenant_next->tenant_previous : &queue->last) = item;
+}
+
+static void queue_remove(struct waiting *queue, struct sched_item *item) {
+    struct sched_item *previous = item->tenant_previous, *next = item->tenant_next;
+    *(previous ? &previous->tenant_next : &queue->first) = next;
+    *(next ? &next->tenant_previous : &queue->last) = previous;
+    item->tenant_previous = item->tenant_next = NULL;
+}
+
 void tenants_wait(struct tenants *t, struct sched_item *item) {
     struct tenant *tenant = &t->tenant[item->tenant];
     VERIFY_OP(tenant->inside, >, 0);
-    if (!tenant->first) {
+    if (!waits(tenant)) {
         lift(t, tenant);
         tenant->listed = t->waiting_count;
         t->waiting[t->waiting_count++] = item->tenant;
     }
-    // Newcomers stand last, who was preempted first: both ends are near.
-    struct sched_item *before = tenant->last;
-    if (tenant->first && sched_before(item, tenant->first)) before = NULL;
-    while (before && sched_before(item, before)) before = before->tenant_previous;
-    item->tenant_previous = before;
-    item->tenant_next = before ? before->tenant_next : tenant->first;
-    *(before ? &before->tenant_next : &tenant->first) = item;
-    *(item->tenant_next ? &item->tenant_next->tenant_previous : &tenant->last) = item;
+    queue_insert(&tenant->queue[item->cold], item);
+}
+
+void tenants_set_cold(struct tenants *t, struct sched_item *item, bool cold) {
+    struct tenant *tenant = &t->tenant[item->tenant];
+    queue_remove(&tenant->queue[item->cold], item);
+    item->cold = cold;
+    queue_insert(&tenant->queue[item->cold], item);
 }
 
 void tenants_unwait(struct tenants *t, struct sched_item *item) {
     struct tenant *tenant = &t->tenant[item->tenant];
-    struct sched_item *previous = item->tenant_previous, *next = item->tenant_next;
-    *(previous ? &previous->tenant_next : &tenant->first) = next;
-    *(next ? &next->tenant_previous : &tenant->last) = previous;
-    item->tenant_previous = item->tenant_next = NULL;
-    if (tenant->first) return;
+    queue_remove(&tenant->queue[item->cold], item);
+    if (waits(tenant)) return;
     t->last_left = item->tenant;
     int moved = t->waiting[--t->waiting_count];
     t->waiting[tenant->listed] = moved;
@@ -158,11 +179,11 @@ int tenants_active(const struct tenants *t) {
     return t->active;
 }
 
-int tenants_window(struct tenants *t, struct sched_item **window, int max) {
+int tenants_window(struct tenants *t, bool cold, struct sched_item **window, int max) {
     for (int i = 0; i < t->waiting_count; i++) {
         int place = t->waiting[i];
         t->virtual_counter[place] = t->tenant[place].counter;
-        t->cursor[place] = t->tenant[place].first;
+        t->cursor[place] = t->tenant[place].queue[cold].first;
     }
     int count = 0;
     while (count < max) {

@@ -9,7 +9,8 @@
 // Then, while two tenants of weight 1 both wait, the service they get differs by at most
 // 2 max(prompt_cost * longest prompt, output_cost * tokens in a running batch) (theorem 4.8 there).
 //
-// Within a tenant, requests stand in sched_before's order. Pure bookkeeping: no clock, no device.
+// Within a tenant, requests stand in sched_before's order; those whose adapters are not resident in
+// a queue of their own, so that they hold up nobody. Pure bookkeeping: no clock, no device.
 // Engine thread only; no allocation after tenants_create.
 #ifndef LORAD_SERVER_TENANTS_H
 #define LORAD_SERVER_TENANTS_H
@@ -31,17 +32,20 @@ void tenants_destroy(struct tenants *tenants);
 int tenants_enter(struct tenants *tenants, const char *name);
 void tenants_leave(struct tenants *tenants, int tenant);
 
-// The item, whose item->tenant is set, waits; it waits no longer.
+// The item, whose item->tenant and item->cold are set, waits; it waits no longer.
 void tenants_wait(struct tenants *tenants, struct sched_item *item);
 void tenants_unwait(struct tenants *tenants, struct sched_item *item);
+
+// A waiting item's adapters have come, or gone.
+void tenants_set_cold(struct tenants *tenants, struct sched_item *item, bool cold);
 
 void tenants_charge_prompt(struct tenants *tenants, int tenant, int tokens);
 void tenants_charge_output(struct tenants *tenants, int tenant, int tokens);
 double tenants_counter(const struct tenants *tenants, int tenant);
 int tenants_active(const struct tenants *tenants); // with somebody inside
 
-// The first `max` of those who wait, in the order in which they would be served one after another,
-// each charged for its prompt on the way. Returns how many.
-int tenants_window(struct tenants *tenants, struct sched_item **window, int max);
+// The first `max` of those who wait and are as `cold` says, in the order in which they would be
+// served one after another, each charged for its prompt on the way. Returns how many.
+int tenants_window(struct tenants *tenants, bool cold, struct sched_item **window, int max);
 
 #endif

@@ -8,6 +8,7 @@
 #define LORAD_SIM_SIM_H
 
 #include "base/error.h"
+#include "pager/eviction.h"
 #include "sim/sim_cost.h"
 #include "sim/sim_trace.h"
 
@@ -33,6 +34,7 @@ struct sim_options {
     int step_tokens_max; // SIM_LORAD: budget of a step
     bool load_blocks;    // a cold adapter is copied before the step, not beside it
     int prefetch;        // SIM_LORAD: waiting requests whose adapters are copied ahead
+    enum eviction_policy eviction; // of idle adapters
     bool keep_idle;      // SIM_LORAD: idle adapters stay until their pages are wanted
     double slo_s;        // first token
     bool early_abort;    // drop who waits when wait + 0.5 s reaches the SLO

@@ -6,7 +6,7 @@
 #ifndef LORAD_SIM_SIM_INTERNAL_H
 #define LORAD_SIM_SIM_INTERNAL_H
 
-#include "pager/adapter.h"
+#include "pager/residency.h"
 #include "server/scheduler.h"
 #include "sim/sim.h"
 
@@ -36,6 +36,7 @@ struct sim {
     struct sim_result *result;
     struct trace trace;
     struct pool *pool;
+    struct eviction *eviction;
     struct residency *residency;
     struct sim_adapter *adapters;   // [trace.adapters]
     struct sim_sequence *sequences; // [trace.count], in order of arrival
@@ -63,8 +64,11 @@ static inline struct sim_adapter *sim_adapter_of(const struct sim_sequence *sequ
     return (struct sim_adapter *)sequence->adapter[0];
 }
 
-// Takes the adapter's pages and, when it was not resident, begins its copy. False: no pages.
-bool sim_acquire(struct sim *sim, struct sim_adapter *adapter);
+// Where it is not resident, takes the adapter's pages, evicting up to tier_max, and begins its
+// copy. False: no pages.
+bool sim_load(struct sim *sim, struct sim_adapter *adapter, enum eviction_tier tier_max);
+bool sim_acquire(struct sim *sim, struct sim_adapter *adapter); // the same, and one more runs it
+void sim_drop_idle(struct sim *sim);
 // Pages for `tokens` cached tokens; false when the pool has too few, idle adapters counted.
 bool sim_take_pages(struct sim *sim, struct sim_sequence *sequence, int tokens);
 void sim_start(struct sim *sim, int waiting_index);  // waiting -> running; adapter acquired

@@ -9,7 +9,6 @@
 
 #include "base/verify.h"
 
-#include <limits.h>
 #include <math.h>
 
 enum { WINDOW = 64, PASSES_MAX = 32 };       // as engine_step.c has them
@@ -21,23 +20,15 @@ static bool arriving(const struct sim *sim, const struct sched_item *item) {
     return adapter->adapter.resident && adapter->ready_s > sim->now_s;
 }
 
-// The first waiting requests' adapters become the latest used, so that none of them is evicted for
-// another; then the missing ones are copied while room and the bus allow.
+// The first waiting requests' adapters are copied while room and the bus allow; none that a waiting
+// request wants is evicted for it.
 static void prefetch(struct sim *sim) {
     if (sim->options->load_blocks) return;
-    struct pool_counts counts = pool_counts(sim->pool);
-    int room = counts.of[PAGE_FREE] + counts.of[PAGE_CACHED];
-    for (int pass = 0; pass < 2; pass++)
-        for (int i = 0; i < sim->waiting_count && i < sim->options->prefetch; i++) {
-            if (sim->waiting[i]->adapter_count == 0) continue;
-            struct sim_adapter *adapter = sim_adapter_of(sim_sequence_of(sim->waiting[i]));
-            bool there = atomic_load(&adapter->adapter.resident);
-            if (adapter->adapter.running > 0 || there != (pass == 0)) continue;
-            if (pass == 1 && sim->copy_free_s > sim->now_s + PREFETCH_AHEAD_S) return;
-            room -= adapter->adapter.page_count;
-            if (room < 0 || !sim_acquire(sim, adapter)) return;
-            residency_release(sim->residency, &adapter->adapter, sim->now_s);
-        }
+    for (int i = 0; i < sim->waiting_count && i < sim->options->prefetch; i++) {
+        if (sim->waiting[i]->adapter_count == 0) continue;
+        if (sim->copy_free_s > sim->now_s + PREFETCH_AHEAD_S) return;
+        if (!sim_load(sim, sim_adapter_of(sim_sequence_of(sim->waiting[i])), TIER_IDLE)) return;
+    }
 }
 
 static int list_eligible(struct sim *sim) {
@@ -52,7 +43,7 @@ static struct sched_plan plan(struct sim *sim) {
                                   .sequences_max = sim->options->sequences_max,
                                   .rows_max = sim->options->sequences_max,
                                   .page_count = sim->page_count,
-                                  .adapter_pages = pool_counts(sim->pool).of[PAGE_ADAPTER],
+                                  .fixed_pages = pool_counts(sim->pool).of[PAGE_ADAPTER],
                                   .passes_max = PASSES_MAX,
                                   .window = WINDOW};
     int eligible = list_eligible(sim);
@@ -126,7 +117,7 @@ static void compute(struct sim *sim) {
         if (planned > 0) sim_advance(sim, sim_sequence_of(item), planned);
         i += sim->running_count == before;
     }
-    if (!sim->options->keep_idle) (void)residency_evict(sim->residency, INT_MAX);
+    if (!sim->options->keep_idle) sim_drop_idle(sim);
 }
 
 // Nobody runs and all who wait are waiting for copies: to the end of the first.

@@ -2,8 +2,8 @@
 // accounting that is asserted after every step. sim_lorad.c and sim_slora.c decide what a step
 // holds; this file never does.
 //
-// The pager's code is the real one, over a backend whose copies are counted and cost simulated
-// time. Adapters have no image: residency hands a pointer on that nobody reads.
+// The pager's bookkeeping is the real one; copies are counted and cost simulated time, and adapters
+// have no image.
 #include "sim/sim_internal.h"
 
 #include "base/memory.h"
@@ -17,28 +17,11 @@ enum { FULL_ASSERT_EVERY = 512 };
 static const double ABORT_AHEAD_S = 0.5; // S-LoRA's guess of what a first token still takes
 static const double ACTIVATION_BYTES = 2e9, MEMORY_USED = 0.9;
 
-struct backend {
-    char unused;
-};
-
-static void null_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
-                            size_t elems) {
-}
-
-static void null_synchronize(struct backend *b) {
-}
-
-static const struct backend_ops null_ops = {
-    .name = "null", .pool_write = null_pool_write, .synchronize = null_synchronize};
-
 // ------------------------------------------------------------------ waiting and running
 
-static void waiting_insert(struct sim *sim, struct sim_sequence *sequence) {
-    int at = sim->waiting_count++;
-    for (; at > 0 && sched_before(&sequence->item, sim->waiting[at - 1]); at--)
-        sim->waiting[at] = sim->waiting[at - 1];
-    sim->waiting[at] = &sequence->item;
-    sequence->state = SIM_WAITING;
+static void want(struct sim *sim, struct sim_sequence *sequence, int change) {
+    if (sequence->item.adapter_count > 0)
+        residency_want(sim->residency, sequence->adapter[0], change);
 }
 
 static void list_remove(struct sched_item **list, int *count, int at) {
@@ -47,10 +30,24 @@ static void list_remove(struct sched_item **list, int *count, int at) {
     memmove(&list[at], &list[at + 1], (size_t)(*count - at) * sizeof *list);
 }
 
-bool sim_acquire(struct sim *sim, struct sim_adapter *adapter) {
-    bool resident = atomic_load(&adapter->adapter.resident);
-    if (residency_acquire(sim->residency, &adapter->adapter, sim->now_s) != STATUS_OK) return false;
-    if (resident) return true;
+static void waiting_insert(struct sim *sim, struct sim_sequence *sequence) {
+    int at = sim->waiting_count++;
+    for (; at > 0 && sched_before(&sequence->item, sim->waiting[at - 1]); at--)
+        sim->waiting[at] = sim->waiting[at - 1];
+    sim->waiting[at] = &sequence->item;
+    sequence->state = SIM_WAITING;
+    want(sim, sequence, 1);
+}
+
+static void waiting_remove(struct sim *sim, int at) {
+    want(sim, sim_sequence_of(sim->waiting[at]), -1);
+    list_remove(sim->waiting, &sim->waiting_count, at);
+}
+
+bool sim_load(struct sim *sim, struct sim_adapter *adapter, enum eviction_tier tier_max) {
+    if (atomic_load(&adapter->adapter.resident)) return true;
+    if (residency_place(sim->residency, &adapter->adapter, tier_max) != STATUS_OK) return false;
+    residency_arrived(sim->residency, &adapter->adapter, sim->now_s); // ready_s says when, truly
     double begin_s = fmax(sim->now_s, sim->copy_free_s);
     adapter->ready_s =
         begin_s + sim_load_s(sim->options->model, sim->options->device, &sim->options->engine,
@@ -59,13 +56,22 @@ bool sim_acquire(struct sim *sim, struct sim_adapter *adapter) {
     return true;
 }
 
+bool sim_acquire(struct sim *sim, struct sim_adapter *adapter) {
+    if (!sim_load(sim, adapter, TIER_PINNED)) return false;
+    residency_acquire(sim->residency, &adapter->adapter, sim->now_s);
+    return true;
+}
+
+void sim_drop_idle(struct sim *sim) {
+    (void)eviction_reclaim(sim->eviction, sim->page_count, TIER_PINNED);
+}
+
 bool sim_take_pages(struct sim *sim, struct sim_sequence *sequence, int tokens) {
     int wanted = (tokens + sim->page_tokens - 1) / sim->page_tokens;
     int missing = wanted - sequence->page_count;
     if (missing <= 0) return true;
     VERIFY_OP(wanted, <=, sequence->pages_max);
-    int short_by = missing - pool_counts(sim->pool).of[PAGE_FREE];
-    if (short_by > 0 && residency_evict(sim->residency, short_by) < short_by) return false;
+    if (!eviction_reclaim(sim->eviction, missing, TIER_PINNED)) return false;
     enum status status =
         pool_take(sim->pool, PAGE_KV, missing, &sequence->pages[sequence->page_count]);
     VERIFY_OP(status, ==, STATUS_OK);
@@ -77,7 +83,7 @@ void sim_start(struct sim *sim, int waiting_index) {
     struct sim_sequence *sequence = sim_sequence_of(sim->waiting[waiting_index]);
     VERIFY_OP(sequence->state, ==, SIM_WAITING);
     VERIFY_OP(sim->running_count, <, sim->options->sequences_max);
-    list_remove(sim->waiting, &sim->waiting_count, waiting_index);
+    waiting_remove(sim, waiting_index);
     sim->running[sim->running_count++] = &sequence->item;
     sequence->state = SIM_RUNNING;
     if (sequence->pages) return;
@@ -210,7 +216,7 @@ static void abort_late(struct sim *sim) {
             i++;
             continue;
         }
-        list_remove(sim->waiting, &sim->waiting_count, i);
+        waiting_remove(sim, i);
         if (sequence->holds) residency_release(sim->residency, sequence->adapter[0], sim->now_s);
         sequence->holds = false;
         end(sim, sequence, SIM_ABORTED);
@@ -249,18 +255,17 @@ static struct lora_geometry geometry_of(const struct sim *sim) {
 static void create_adapters(struct sim *sim, const struct lora_geometry *geometry) {
     const struct sim_options *options = sim->options;
     size_t count = (size_t)options->trace.adapters;
-    static char no_image; // never read: the null backend copies nothing
     sim->adapters = mem_zalloc(count + 1, sizeof *sim->adapters);
     for (size_t i = 0; i < count; i++) {
         struct sim_adapter *sim_adapter = &sim->adapters[i];
         struct adapter *adapter = &sim_adapter->adapter;
         sim_adapter->rank = options->ranks[i % (size_t)options->rank_count];
         adapter->generation = i + 1;
+        adapter->prefixes = -1;
         adapter->layer_elems =
             (size_t)(sim_adapter->rank * sim_lora_dims(options->model, options->modules));
         adapter->page_count =
             (int)((adapter->layer_elems + geometry->page_elems - 1) / geometry->page_elems);
-        adapter->image = &no_image;
         adapter->image_bytes =
             (size_t)sim_adapter_bytes(options->model, options->modules, sim_adapter->rank);
         adapter->pages = mem_zalloc((size_t)adapter->page_count, sizeof *adapter->pages);
@@ -300,7 +305,8 @@ static enum status create(struct sim *sim, struct error *err) {
     struct lora_geometry geometry = geometry_of(sim);
     sim->trace = trace_create(&options->trace);
     sim->pool = pool_create(sim->page_count);
-    sim->residency = residency_create(sim->pool, &null_ops, NULL, &geometry);
+    sim->eviction = eviction_create(sim->pool, options->eviction, sim->page_count);
+    sim->residency = residency_create(sim->pool, sim->eviction, NULL);
     sim->scratch = sched_scratch_create(options->sequences_max);
     create_adapters(sim, &geometry);
     create_sequences(sim);
@@ -322,6 +328,7 @@ static enum status create(struct sim *sim, struct error *err) {
 
 static void destroy(struct sim *sim) {
     residency_destroy(sim->residency);
+    eviction_destroy(sim->eviction);
     pool_destroy(sim->pool);
     sched_scratch_destroy(sim->scratch);
     for (int i = 0; sim->adapters && i < sim->options->trace.adapters; i++) {

@@ -7,7 +7,6 @@
 
 #include "base/verify.h"
 
-#include <limits.h>
 #include <stdlib.h>
 
 enum { DECODES_BETWEEN_ADMISSIONS = 10, PREFILL_SHARE = 6, PREFILL_TOKENS_MIN = 3072 };
@@ -80,7 +79,7 @@ static void run_planned(struct sim *sim, double ready_s) {
         if (planned > 0) sim_advance(sim, sim_sequence_of(item), planned);
         i += sim->running_count == before;
     }
-    if (sim->running_count < running) (void)residency_evict(sim->residency, INT_MAX);
+    if (sim->running_count < running) sim_drop_idle(sim);
 }
 
 void sim_slora_step(struct sim *sim) {

@@ -10,9 +10,9 @@
 set -eu
 
 build="gcc g++ libc6-dev make cmake ninja-build pkgconf ccache
-libuv1-dev node-llhttp libjansson-dev libsqlite3-dev libpcre2-dev libutf8proc-dev libdnnl-dev"
+libuv1-dev node-llhttp libjansson-dev libsqlite3-dev libssl-dev libpcre2-dev libutf8proc-dev libdnnl-dev"
 tests="libcmocka-dev python3 python3-venv ca-certificates curl git"
-runtime="libuv1 libjansson4 libsqlite3-0 libpcre2-8-0 libutf8proc2 libdnnl2 libgomp1"
+runtime="libuv1 libjansson4 libsqlite3-0 libssl3 libpcre2-8-0 libutf8proc2 libdnnl2 libgomp1"
 
 packages="$build $tests"
 list=no

@@ -70,7 +70,9 @@ static void pool_fetch(struct backend *b) {
 static void host_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
                             size_t elems) {
     pool_send(b);
+    cuda->synchronize(b);
     cuda->pool_write(b, layer, pages, image, elems);
+    cuda->pool_written(b);
     pool_fetch(b);
 }
 

@@ -158,6 +158,7 @@ static void cpu_synchronize(struct backend *b) {
 const struct backend_ops backend_cpu = {
     .name = "cpu",
     .activation_bytes = sizeof(float),
+    .computes_on_host = true,
     .open = cpu_open,
     .close = cpu_close,
     .health = cpu_health,

@@ -6,8 +6,7 @@
 #include "kernels/cuda/cuda_internal.cuh"
 
 void cuda_check(struct backend *b, cudaError_t error, const char *what) {
-    if (error == cudaSuccess || b->failed) return;
-    b->failed = true;
+    if (error == cudaSuccess || b->failed.exchange(true)) return;
     log_event(LOG_ERROR, "cuda", "%s: %s", what, cudaGetErrorString(error));
 }
 
@@ -28,6 +27,19 @@ static void memory_destroy(struct backend *b, void *memory) {
     cudaFree(memory);
 }
 
+static void *host_create(struct backend *b, size_t bytes) {
+    (void)b;
+    void *memory = NULL;
+    if (cudaMallocHost(&memory, bytes) == cudaSuccess) return memory;
+    cudaGetLastError(); // being out of memory is not for good
+    return NULL;
+}
+
+static void host_destroy(struct backend *b, void *memory) {
+    (void)b;
+    cudaFreeHost(memory);
+}
+
 static void upload(struct backend *b, void *to, const void *from, size_t bytes) {
     cuda_check(b, cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, b->stream), "upload");
 }
@@ -41,11 +53,11 @@ static void synchronize(struct backend *b) {
     cuda_check(b, cudaGetLastError(), "a launch");
 }
 
-static void device_grow(struct backend *b, struct cuda_buffer *buffer, size_t bytes) {
+void cuda_grow(struct backend *b, cudaStream_t stream, struct cuda_buffer *buffer, size_t bytes) {
     if (buffer->bytes >= bytes) return;
     size_t room = bytes + bytes / 2 + 4096;
     if (buffer->memory) {
-        cuda_check(b, cudaStreamSynchronize(b->stream), "a step");
+        cuda_check(b, cudaStreamSynchronize(stream), "a step");
         cudaFree(buffer->memory);
     }
     *buffer = {};
@@ -55,7 +67,7 @@ static void device_grow(struct backend *b, struct cuda_buffer *buffer, size_t by
 }
 
 void *cuda_scratch(struct backend *b, enum cuda_scratch area, size_t bytes) {
-    device_grow(b, &b->scratch[area], bytes);
+    cuda_grow(b, b->stream, &b->scratch[area], bytes);
     return b->scratch[area].memory;
 }
 
@@ -75,7 +87,7 @@ const void *cuda_meta(struct backend *b, enum cuda_meta kind, const void *data, 
     if (meta->bytes == bytes && bytes > 0 && memcmp(meta->host.memory, data, bytes) == 0)
         return meta->device.memory;
     host_grow(&meta->host, bytes + 1);
-    device_grow(b, &meta->device, bytes + 1);
+    cuda_grow(b, b->stream, &meta->device, bytes + 1);
     memcpy(meta->host.memory, data, bytes);
     meta->bytes = bytes;
     // From pageable memory: the call returns when the bytes have been taken.
@@ -87,6 +99,7 @@ static void pool_attach(struct backend *b, void *pool, const struct pool_shape *
     VERIFY_OP(shape->elem_bytes, ==, dtype_bytes(b->dtype));
     VERIFY_OP(shape->page_elems, ==, 2 * shape->kv_heads * PAGE_TOKENS * shape->head_size);
     VERIFY_OP(shape->page_elems % EIGHT, ==, 0);
+    synchronize(b); // the pool is zeroed before the first copy on the other stream
     b->pool = pool;
     b->shape = *shape;
 }
@@ -130,6 +143,7 @@ static enum status device_open(struct backend *b, struct error *err) {
                          properties.minor);
     if (error == cudaSuccess) error = cudaSetDevice(0);
     if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&b->copies, cudaStreamNonBlocking);
     if (error != cudaSuccess)
         return error_set(err, STATUS_DEVICE, "the CUDA device does not open: %s",
                          cudaGetErrorString(error));
@@ -140,6 +154,7 @@ static enum status device_open(struct backend *b, struct error *err) {
 
 static void device_close(struct backend *b) {
     if (b->stream) cudaStreamDestroy(b->stream);
+    if (b->copies) cudaStreamDestroy(b->copies);
 }
 
 #endif
@@ -153,6 +168,8 @@ static void backend_close(struct backend *b) {
         cudaFree(b->meta[i].device.memory);
         free(b->meta[i].host.memory);
     }
+    cudaFree(b->copy_image.memory);
+    cudaFree(b->copy_pages.memory);
     free(b->draft.memory);
     device_close(b);
     free(b);
@@ -194,6 +211,7 @@ extern "C" {
 extern const struct backend_ops backend_cuda = {
     .name = "cuda",
     .activation_bytes = sizeof(float),
+    .computes_on_host = false,
     .open = backend_open,
     .close = backend_close,
     .health = health,
@@ -204,7 +222,10 @@ extern const struct backend_ops backend_cuda = {
     .download = download,
     .synchronize = synchronize,
     .pool_attach = pool_attach,
+    .host_create = host_create,
+    .host_destroy = host_destroy,
     .pool_write = cuda_pool_write,
+    .pool_written = cuda_pool_written,
     .linear_create = cuda_linear_create,
     .linear_destroy = cuda_linear_destroy,
     .embed = cuda_embed,

@@ -16,17 +16,18 @@ extern "C" {
 #include "kernels/backend.h"
 #include "kernels/cuda/primitives.cuh"
 
+#include <atomic>
 #include <stdlib.h>
 #include <string.h>
 
 // Small arrays of a step that kernels read. Each kind has one place in device memory.
 enum cuda_meta {
-    META_IDS, META_POSITIONS, META_SLOTS, META_ROWS, META_ATTENTION, META_PAGES,
+    META_IDS, META_POSITIONS, META_SLOTS, META_ROWS, META_ATTENTION,
     META_LORA_QKV, META_LORA_O, META_LORA_GATE_UP, META_LORA_DOWN, META_KINDS
 };
 
 // Device scratch grows to the largest step seen and stays; each area has one user at a time.
-enum cuda_scratch { SCRATCH_X, SCRATCH_IMAGE, SCRATCH_PARTIALS, SCRATCH_WORKSPACE, SCRATCH_KINDS };
+enum cuda_scratch { SCRATCH_X, SCRATCH_PARTIALS, SCRATCH_WORKSPACE, SCRATCH_KINDS };
 
 struct cuda_buffer {
     void *memory;
@@ -36,7 +37,9 @@ struct cuda_buffer {
 struct backend {
     enum dtype dtype;
     cudaStream_t stream;
-    bool failed; // a device error: for good
+    cudaStream_t copies; // of adapters; its own buffers, for one loader at a time
+    struct cuda_buffer copy_image, copy_pages;
+    std::atomic<bool> failed; // a device error: for good
     struct pool_shape shape;
     void *pool;
     struct cuda_buffer scratch[SCRATCH_KINDS];
@@ -54,6 +57,8 @@ void cuda_check(struct backend *b, cudaError_t error, const char *what);
 // At least `bytes`; contents are lost when it has to grow. NULL when the device has no more: the
 // backend has failed then, as after any device error.
 void *cuda_scratch(struct backend *b, enum cuda_scratch area, size_t bytes);
+// The same for a buffer whose readers are queued on `stream`.
+void cuda_grow(struct backend *b, cudaStream_t stream, struct cuda_buffer *buffer, size_t bytes);
 // Puts `bytes` of host memory where kernels queued from now on can read them. Sends nothing when
 // the same is there already, as it is for every layer of a step but the first.
 const void *cuda_meta(struct backend *b, enum cuda_meta kind, const void *data, size_t bytes);
@@ -91,6 +96,7 @@ void cuda_gather_rows(struct backend *b, void *y, const void *x, const int32_t *
                       int hidden);
 void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
                      size_t elems);
+void cuda_pool_written(struct backend *b);
 // x -> bf16, for the base matmul.
 void cuda_narrow(struct backend *b, bf16 *to, const float *from, size_t count);
 

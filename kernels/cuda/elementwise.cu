@@ -171,16 +171,24 @@ void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const v
                      size_t elems) {
     if (elems == 0) return;
     size_t page_count = (elems + b->shape.page_elems - 1) / b->shape.page_elems;
-    const int32_t *table =
-        (const int32_t *)cuda_meta(b, META_PAGES, pages, page_count * sizeof *pages);
-    void *staged = cuda_scratch(b, SCRATCH_IMAGE, elems * b->shape.elem_bytes);
-    cuda_check(b, cudaMemcpyAsync(staged, image, elems * b->shape.elem_bytes,
-                                  cudaMemcpyHostToDevice, b->stream), "copy of an adapter");
+    size_t table_bytes = page_count * sizeof *pages, bytes = elems * b->shape.elem_bytes;
+    cuda_grow(b, b->copies, &b->copy_pages, table_bytes);
+    cuda_grow(b, b->copies, &b->copy_image, bytes);
+    const int32_t *table = (const int32_t *)b->copy_pages.memory;
+    void *staged = b->copy_image.memory;
+    cuda_check(b, cudaMemcpyAsync(b->copy_pages.memory, pages, table_bytes,
+                                  cudaMemcpyHostToDevice, b->copies), "copy of a page table");
+    cuda_check(b, cudaMemcpyAsync(staged, image, bytes, cudaMemcpyHostToDevice, b->copies),
+               "copy of an adapter");
     dim3 grid(cuda_blocks(elems, FLAT_THREADS)), block(FLAT_THREADS);
     if (b->dtype == DTYPE_BF16)
-        CUDA_LAUNCH(scatter_kernel<bf16>, grid, block, 0, b->stream, cuda_layer<bf16>(b, layer),
+        CUDA_LAUNCH(scatter_kernel<bf16>, grid, block, 0, b->copies, cuda_layer<bf16>(b, layer),
                     (const bf16 *)staged, table, elems);
     else
-        CUDA_LAUNCH(scatter_kernel<float>, grid, block, 0, b->stream, cuda_layer<float>(b, layer),
+        CUDA_LAUNCH(scatter_kernel<float>, grid, block, 0, b->copies, cuda_layer<float>(b, layer),
                     (const float *)staged, table, elems);
+}
+
+void cuda_pool_written(struct backend *b) {
+    cuda_check(b, cudaStreamSynchronize(b->copies), "copies of adapters");
 }

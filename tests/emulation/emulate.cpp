@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 
 #include <map>
+#include <mutex>
 #include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -159,8 +160,13 @@ static void block_run(uint64_t *random, const std::vector<int> &lanes, size_t sh
     }
 }
 
+// One launch, and one change of the mappings, at a time: the server copies adapters on a thread of
+// their own.
+static std::mutex launching, mapping_lock;
+
 void emulate_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
                     const std::function<void()> &thread) {
+    std::lock_guard<std::mutex> guard(launching);
     kernel_name = name;
     thread_function = &thread;
     gridDim = grid;
@@ -196,12 +202,14 @@ cudaError_t cudaMalloc(void **memory, size_t bytes) {
         return cudaErrorMemoryAllocation;
     *memory = static_cast<char *>(mapping) + (pages - rounded);
     memset(*memory, 0xff, rounded); // NaN, as memory that nobody wrote may be
+    std::lock_guard<std::mutex> guard(mapping_lock);
     mappings[*memory] = {mapping, pages + 4096};
     return cudaSuccess;
 }
 
 cudaError_t cudaFree(void *memory) {
     if (!memory) return cudaSuccess;
+    std::lock_guard<std::mutex> guard(mapping_lock);
     auto found = mappings.find(memory);
     if (found == mappings.end()) abort();
     munmap(found->second.first, found->second.second);

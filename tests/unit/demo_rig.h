@@ -68,7 +68,7 @@ static struct adapter *demo_adapter(struct demo *demo, const char *name) {
     char path[512];
     snprintf(path, sizeof path, DEMO_ADAPTERS "/%s", name);
     struct adapter **out = &demo->adapters[demo->adapter_count++];
-    if (adapter_load(&demo->geometry, name, path, out, &err) != STATUS_OK)
+    if (adapter_load(&demo->geometry, name, -1, path, out, &err) != STATUS_OK)
         fail_msg("%s: %s", name, err.text);
     return *out;
 }
@@ -196,6 +196,7 @@ static void demo_pool_open(struct demo *demo, struct demo_pool *pool) {
             demo->ops->pool_write(demo->backend, layer, adapter->pages,
                                   (float *)adapter->image + (size_t)layer * adapter->layer_elems,
                                   adapter->layer_elems);
+        if (demo->ops->pool_written) demo->ops->pool_written(demo->backend);
     }
 }
 

@@ -56,7 +56,7 @@ static struct adapter *rig_adapter(const struct lora_geometry *geometry, int ran
     struct adapter *adapter = NULL;
     snprintf(path, sizeof path, "dummy:rank=%d,seed=%d,modules=all", rank, seed);
     snprintf(name, sizeof name, "rank%d-%d", rank, seed);
-    if (adapter_load(geometry, name, path, &adapter, &err) != STATUS_OK) fail_msg("%s", err.text);
+    if (adapter_load(geometry, name, -1, path, &adapter, &err) != STATUS_OK) fail_msg("%s", err.text);
     float *image = adapter->image;
     for (size_t i = 0; i < adapter->image_bytes / sizeof *image; i++) image[i] *= 6;
     return adapter;

@@ -116,7 +116,7 @@ static void rig_adapter_open(struct model_rig *rig, const char *adapter_name) {
     char *folder = fixture_path(rig->name, rest);
     struct adapter **out = &rig->adapters[rig->adapter_count];
     struct error err = {0};
-    if (adapter_load(&rig->geometry, adapter_name, folder, out, &err) != STATUS_OK)
+    if (adapter_load(&rig->geometry, adapter_name, -1, folder, out, &err) != STATUS_OK)
         fail_msg("%s/%s: %s", rig->name, adapter_name, err.text);
     free(folder);
     size_t layer_bytes = (*out)->layer_elems * dtype_bytes(rig->geometry.dtype);
@@ -125,6 +125,7 @@ static void rig_adapter_open(struct model_rig *rig, const char *adapter_name) {
         rig->ops->pool_write(rig->backend, layer, (*out)->pages,
                              (const char *)(*out)->image + (size_t)layer * layer_bytes,
                              (*out)->layer_elems);
+    if (rig->ops->pool_written) rig->ops->pool_written(rig->backend);
     rig->adapter_names[rig->adapter_count++] = adapter_name;
 }
 

@@ -54,7 +54,7 @@ static void expect_refusal(const char *what, const struct lora_geometry *geometr
         if (i == WARM_UP) heap = heap_bytes();
         struct adapter *adapter = (struct adapter *)1;
         struct error err = {0};
-        enum status status = adapter_load(geometry, "x", path, &adapter, &err);
+        enum status status = adapter_load(geometry, "x", -1, path, &adapter, &err);
         if (status != wanted || err.status != wanted || !strstr(err.text, says))
             fail_msg("%s: %s \"%s\"; expected %s \"%s\"", what, status_name(status), err.text,
                      status_name(wanted), says);
@@ -381,7 +381,7 @@ static void refuses_what_the_pool_cannot_hold(void **state) {
                    "pages of the pool, which has 6");
     geometry.pool_pages = 7;
     struct adapter *adapter = NULL;
-    assert_int_equal(adapter_load(&geometry, "x", folder, &adapter, NULL), STATUS_OK);
+    assert_int_equal(adapter_load(&geometry, "x", -1, folder, &adapter, NULL), STATUS_OK);
     assert_int_equal(adapter->page_count, 7);
     assert_int_equal(adapter->layer_elems, 56);
     adapter_unref(adapter);
@@ -571,7 +571,7 @@ static void loads_good_folders(void **state) {
             geometry.dtype = (enum dtype)dtype;
             struct adapter *adapter = NULL;
             struct error err = {0};
-            if (adapter_load(&geometry, "good", folder, &adapter, &err) != STATUS_OK)
+            if (adapter_load(&geometry, "good", -1, folder, &adapter, &err) != STATUS_OK)
                 fail_msg("%s: refused: %s", good->what, err.text);
             expect_image(good->what, adapter, &geometry, &wanted);
             assert_string_equal(adapter->name, "good");
@@ -585,7 +585,7 @@ static struct adapter *load(const struct lora_geometry *geometry, const char *na
                             const char *path) {
     struct adapter *adapter = NULL;
     struct error err = {0};
-    if (adapter_load(geometry, name, path, &adapter, &err) != STATUS_OK)
+    if (adapter_load(geometry, name, -1, path, &adapter, &err) != STATUS_OK)
         fail_msg("%s: %s", path, err.text);
     return adapter;
 }

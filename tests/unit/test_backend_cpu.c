@@ -582,6 +582,7 @@ static void lora_rig_init(struct lora_rig *rig, struct backend *b, enum dtype dt
         size_t page_elems = rig->pool.shape.page_elems;
         int32_t *pages = pages_take(&rig->pool, (int)((used + page_elems - 1) / page_elems));
         ops->pool_write(b, LAYER, pages, image, used);
+        if (ops->pool_written) ops->pool_written(b);
         segment->pages = pages;
     }
     free(image);

@@ -20,7 +20,7 @@ static struct adapter *make(const char *name) {
                                      .out = {2, 2, 2, 2, 2, 2, 2}, .dtype = DTYPE_F32,
                                      .rank_max = 2, .page_elems = 64, .pool_pages = 1};
     struct adapter *adapter = NULL;
-    if (adapter_load(&geometry, name, "dummy:rank=1", &adapter, NULL) != STATUS_OK) abort();
+    if (adapter_load(&geometry, name, -1, "dummy:rank=1", &adapter, NULL) != STATUS_OK) abort();
     return adapter;
 }
 

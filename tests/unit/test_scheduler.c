@@ -308,7 +308,7 @@ static void random_workloads(void **state) {
         int finished = 0;
         for (uint64_t step = 1; finished < JOBS; step++) {
             if (step > 200000) fail_msg("seed %u: %d of %d jobs ended", seed, finished, JOBS);
-            world.limits.adapter_pages = adapter_pages_in_use(&world);
+            world.limits.fixed_pages = adapter_pages_in_use(&world);
             struct sched_plan plan = sched_plan(world.running, world.running_count, world.waiting,
                                                 world.waiting_count, &world.limits, scratch);
             check_plan(&world, plan);

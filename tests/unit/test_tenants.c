@@ -63,7 +63,7 @@ static void arrive(int tenant, int prompt, int output) {
 
 static void step(void) {
     struct sched_item *window[WINDOW];
-    int count = tenants_window(world.tenants, window, WINDOW);
+    int count = tenants_window(world.tenants, false, window, WINDOW);
     for (int i = 0; i < count && world.running_count < BATCH; i++) {
         struct job *job = (struct job *)window[i];
         tenants_unwait(world.tenants, window[i]);
@@ -174,7 +174,7 @@ static void polite_one_is_not_behind_the_flood(void **state) {
     for (int t = 0; t < 100; t++) step();
     arrive(1, 20, 20);
     struct sched_item *window[WINDOW];
-    assert_int_equal(tenants_window(world.tenants, window, WINDOW), WINDOW);
+    assert_int_equal(tenants_window(world.tenants, false, window, WINDOW), WINDOW);
     bool seen = false; // within the first two: the lift may make it a tie
     for (int i = 0; i < 2; i++) seen |= window[i]->tenant == world.place[1];
     assert_true(seen);
@@ -209,9 +209,9 @@ static void order_within_a_tenant(void **state) {
     tenants_wait(world.tenants, &world.jobs[2].item);
     static const int expected[] = {5, 0, 1, 2, 3, 4};
     struct sched_item *window[WINDOW];
-    assert_int_equal(tenants_window(world.tenants, window, WINDOW), 6);
+    assert_int_equal(tenants_window(world.tenants, false, window, WINDOW), 6);
     for (int i = 0; i < 6; i++) assert_ptr_equal(window[i], &world.jobs[expected[i]].item);
-    assert_int_equal(tenants_window(world.tenants, window, 3), 3);
+    assert_int_equal(tenants_window(world.tenants, false, window, 3), 3);
     world_close();
 }
 
@@ -287,7 +287,7 @@ static void the_charged_are_not_charged_again(void **state) {
     }
     tenants_charge_output(tenants, items[2].tenant, 100); // b has got 200, a nothing
     struct sched_item *window[3];
-    assert_int_equal(tenants_window(tenants, window, 3), 3);
+    assert_int_equal(tenants_window(tenants, false, window, 3), 3);
     for (int i = 0; i < 3; i++) assert_ptr_equal(window[i], &items[i]);
     for (int i = 0; i < 3; i++) {
         tenants_unwait(tenants, &items[i]);
