@@ -96,6 +96,7 @@ struct load {
     struct offload offload;
     struct connection *connection; // NULL once the client has gone; the load goes on
     char *name, *path;
+    bool pinned;
     bool put, dry_run;       // PUT /v1/adapters/{id}: its answer is the adapter
     bool replaces;           // the name was there
     struct adapter *adapter; // a reference for that answer, or NULL
@@ -169,13 +170,17 @@ static void load_work(struct offload *offload) {
         char stamp[STAMP_BYTES];
         stamp_text(&adapter->stamp, stamp);
         load->err.status = store_put(store, load->name, load->path, adapter->digest,
-                                     image_dtype(offload->api), stamp, &load->err);
+                                     image_dtype(offload->api), stamp, load->pinned, &load->err);
         if (load->err.status) {
             adapter_unref(adapter);
             adapter = NULL;
         }
     }
     if (adapter) engine_adopt(offload->api->engine, adapter);
+    if (adapter && load->pinned) {
+        atomic_store(&adapter->pinned, true);
+        engine_prefetch(offload->api->engine, adapter, NULL); // too many: it comes when used
+    }
     registry_commit(offload->api->setup.registry, load->name, adapter);
 }
 
@@ -256,8 +261,6 @@ void handle_adapter_put(struct connection *c, const struct http_request *r, cons
     if (!status) status = param_bool(root, "pinned", &pinned, &err);
     if (!status && (!path || !*path))
         status = error_set_param(&err, STATUS_INVALID, "path", "path is needed");
-    if (!status && pinned)
-        status = error_set_param(&err, STATUS_UNSUPPORTED, "pinned", "pinning is not supported");
     if (!status) status = registry_begin(registry, tail, true, &err);
     if (status) {
         respond_error(c, &err);
@@ -269,6 +272,7 @@ void handle_adapter_put(struct connection *c, const struct http_request *r, cons
     struct adapter *before = registry_find(registry, tail); // nobody changes it: it is reserved
     load->replaces = before != NULL;
     adapter_unref(before);
+    load->pinned = pinned;
     load->put = true;
     load->dry_run = dry_run;
     offload_start(c->api, &load->offload);
@@ -294,6 +298,14 @@ static struct adapter *reopen(const struct api *api, const struct store_entry *e
     return adapter;
 }
 
+static void restored(struct api *api, const struct store_entry *entry, struct adapter *adapter) {
+    if (adapter && entry->pinned) {
+        atomic_store(&adapter->pinned, true);
+        engine_prefetch(api->engine, adapter, NULL);
+    }
+    registry_commit(api->setup.registry, entry->name, adapter);
+}
+
 static enum status restore_one(struct api *api, const struct store_entry *entry,
                                struct error *err) {
     struct registry *registry = api->setup.registry;
@@ -303,7 +315,7 @@ static enum status restore_one(struct api *api, const struct store_entry *entry,
     if (status) return status;
     bool same_dtype = strcmp(entry->dtype, image_dtype(api)) == 0;
     if (same_dtype && (adapter = reopen(api, entry))) {
-        registry_commit(registry, entry->name, adapter);
+        restored(api, entry, adapter);
         return STATUS_OK;
     }
     status = load_adapter(&load, &adapter);
@@ -316,7 +328,7 @@ static enum status restore_one(struct api *api, const struct store_entry *entry,
         adapter = NULL;
     }
     if (adapter) engine_adopt(api->engine, adapter);
-    registry_commit(registry, entry->name, adapter);
+    restored(api, entry, adapter);
     return status;
 }
 
@@ -334,6 +346,37 @@ enum status api_restore(struct api *api, struct error *err) {
     store_list_free(list, count);
     log_event(LOG_INFO, "adapters_restored", "count=%d of=%d", restored, count);
     return STATUS_OK;
+}
+
+// ------------------------------------------------------------------ POST /v1/adapters/{id}/{action}
+
+static enum status act(struct api *api, struct adapter *adapter, const char *action,
+                       struct error *err) {
+    if (strcmp(action, "prefetch") == 0) return engine_prefetch(api->engine, adapter, err);
+    bool pin = strcmp(action, "pin") == 0;
+    struct store *store = api->setup.store; // a write of one row, as long as an fsync
+    enum status status =
+        store ? store_set_pinned(store, adapter->name, pin, err) : STATUS_OK;
+    if (status) return status;
+    atomic_store(&adapter->pinned, pin);
+    return engine_prefetch(api->engine, adapter, err);
+}
+
+void handle_adapter_action(struct connection *c, const struct http_request *r, const char *tail) {
+    const char *slash = strrchr(tail, '/'), *action = slash ? slash + 1 : "";
+    if (strcmp(action, "pin") != 0 && strcmp(action, "unpin") != 0 &&
+        strcmp(action, "prefetch") != 0) {
+        respond_refusal(c, 404, NULL, NULL, "an adapter knows pin, unpin and prefetch");
+        return;
+    }
+    char *name = mem_strndup(tail, (size_t)(slash - tail));
+    struct adapter *adapter = registry_find(c->api->setup.registry, name);
+    struct error err = {0};
+    free(name);
+    if (!adapter) respond_refusal(c, 404, "id", NULL, "there is no such adapter");
+    else if (act(c->api, adapter, action, &err)) respond_error(c, &err);
+    else respond_json(c, 200, adapter_json(adapter));
+    adapter_unref(adapter);
 }
 
 // ------------------------------------------------------------------ unloading

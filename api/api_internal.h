@@ -96,6 +96,7 @@ void handle_unload_adapter(struct connection *c, const struct http_request *r, c
 void handle_adapters(struct connection *c, const struct http_request *r, const char *tail);
 void handle_adapter_put(struct connection *c, const struct http_request *r, const char *tail);
 void handle_adapter_delete(struct connection *c, const struct http_request *r, const char *tail);
+void handle_adapter_action(struct connection *c, const struct http_request *r, const char *tail);
 void handle_health(struct connection *c, const struct http_request *r, const char *tail);
 void handle_ready(struct connection *c, const struct http_request *r, const char *tail);
 void handle_version(struct connection *c, const struct http_request *r, const char *tail);

@@ -20,6 +20,7 @@ static const struct route {
     {"GET", "/v1/adapters", false, ACCESS_USER, handle_adapters},
     {"GET", "/v1/adapters/", true, ACCESS_USER, handle_adapters},
     {"PUT", "/v1/adapters/", true, ACCESS_ADMIN, handle_adapter_put},
+    {"POST", "/v1/adapters/", true, ACCESS_ADMIN, handle_adapter_action},
     {"DELETE", "/v1/adapters/", true, ACCESS_ADMIN, handle_adapter_delete},
     {"POST", "/tokenize", false, ACCESS_USER, handle_tokenize},
     {"POST", "/detokenize", false, ACCESS_USER, handle_detokenize},

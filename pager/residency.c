@@ -183,6 +183,7 @@ void residency_acquire(struct residency *residency, struct adapter *adapter, dou
     VERIFY(atomic_load(&adapter->resident));
     assert_state(residency, adapter);
     if (adapter->running++ == 0) {
+        residency->counts.running++;
         idle_leave(residency, adapter);
         pool_change_owner(residency->pool, PAGE_CACHED, PAGE_ADAPTER, adapter->pages,
                           adapter->page_count);
@@ -196,6 +197,7 @@ void residency_release(struct residency *residency, struct adapter *adapter, dou
     VERIFY_OP(adapter->running, >, 0);
     atomic_store(&adapter->last_used_s, now_s);
     if (--adapter->running > 0) return;
+    residency->counts.running--;
     pool_change_owner(residency->pool, PAGE_ADAPTER, PAGE_CACHED, adapter->pages,
                       adapter->page_count);
     idle_enter(residency, adapter);

@@ -38,7 +38,7 @@ void residency_pin(struct residency *residency, struct adapter *adapter); // `pi
 // Drops retired adapters that nobody runs. Called each step.
 void residency_sweep(struct residency *residency);
 struct residency_counts {
-    int resident, arriving;
+    int resident, arriving, running;
     uint64_t loads, evictions, bytes_moved;
 };
 struct residency_counts residency_counts(const struct residency *residency);

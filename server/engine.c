@@ -321,6 +321,13 @@ enum status engine_submit(struct engine *engine, struct request **requests, int 
     }
     if (atomic_load(&engine->draining))
         return error_set(err, STATUS_SHUTDOWN, "the server is shutting down");
+    double wait_s = engine_first_token_wait_s(engine, atomic_load(&engine->waiting));
+    if (engine->options.first_token_slo_s > 0 && wait_s > engine->options.first_token_slo_s) {
+        atomic_fetch_add(&engine->metrics->early_aborts, (uint64_t)count);
+        return error_set(err, STATUS_FULL, "overloaded: the first token would come in %.1f s, more "
+                         "than the %.1f s allowed; try again in %d s", wait_s,
+                         engine->options.first_token_slo_s, engine_retry_after_s(engine));
+    }
     if (!reserve(engine, count))
         return error_set(err, STATUS_FULL, "%d requests wait already, the limit is %d; try again "
                          "in %d s", atomic_load(&engine->waiting), engine->options.queue_max,
@@ -394,6 +401,9 @@ bool engine_drained(const struct engine *engine) {
 
 int engine_retry_after_s(const struct engine *engine) {
     double wait = (double)atomic_load(&engine->waiting) * atomic_load(&engine->finish_interval_s);
+    double slo_s = engine->options.first_token_slo_s;
+    if (slo_s > 0) // until the queue is short enough again
+        wait = fmax(0, engine_first_token_wait_s(engine, atomic_load(&engine->waiting)) - slo_s);
     if (!(wait > 1)) return 1;
     return wait < RETRY_AFTER_MAX_S ? (int)ceil(wait) : RETRY_AFTER_MAX_S;
 }

@@ -27,6 +27,8 @@ struct engine_options {
     size_t pool_bytes;
     const struct tenant_weight *tenant_weights; // borrowed until destroy (tenants.h)
     int tenant_weight_count;
+    double first_token_slo_s; // who cannot have a first token within it is refused; 0: nobody is
+    int clusters_max;       // adapters in use at once, as far as order allows; 0: no limit
     size_t host_bytes;      // of adapters' images in host memory; 0: no limit
     int load_threads;       // that read and copy adapters; 0: the engine does, between steps
     bool prefix_cache;      // equal prefixes within a tenant and adapter share pages
@@ -83,9 +85,9 @@ void engine_cancel(struct engine *engine, struct request *request); // a termina
 // STATUS_NOT_FOUND. The name must lead to it no more. API thread.
 void engine_force_out(struct engine *engine, struct adapter *adapter);
 // The adapter's image is brought to host memory and, where pages are free, to the device; also to
-// be called after `pinned` has changed. API thread. STATUS_FULL: too many such hints wait.
-MUST_CHECK enum status engine_prefetch(struct engine *engine, struct adapter *adapter,
-                                       struct error *err);
+// be called after `pinned` has changed. API thread. STATUS_FULL: too many such hints
+// wait; it is a hint: nothing else follows.
+enum status engine_prefetch(struct engine *engine, struct adapter *adapter, struct error *err);
 // An adapter that adapter_load has read: its image counts in host_bytes from now on. Any thread.
 void engine_adopt(struct engine *engine, struct adapter *adapter);
 // Up to `max` events; returns how many. The receiver owns event texts.

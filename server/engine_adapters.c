@@ -11,7 +11,7 @@
 #include "base/log.h"
 #include "base/verify.h"
 
-#include <string.h>
+#include <stdio.h>
 
 enum { COLD_WINDOW = 64, HOLDER_PASSES = 32 };
 
@@ -59,11 +59,15 @@ static bool uses(const struct sched_item *item, const struct adapter *adapter) {
     return false;
 }
 
+// The client did nothing wrong: whatever it was, to the client it is the server's failure.
 static void read_failed(struct engine *engine, const struct host_event *event, double now_s) {
+    char text[sizeof event->text];
+    snprintf(text, sizeof text, "the adapter cannot be read: %.*s", (int)sizeof text - 32,
+             event->text);
     for (int i = 0; i < engine->waiting_count;) {
         struct sequence *sequence = sequence_of(engine->waiting_list[i]);
         if (!uses(&sequence->item, event->adapter)) i++;
-        else engine_end_with(engine, sequence, event->status, event->text, now_s);
+        else engine_end_with(engine, sequence, STATUS_IO, text, now_s);
     }
     engine_forget_hint(engine, event->adapter);
 }

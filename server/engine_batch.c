@@ -99,14 +99,25 @@ static void add_rows(struct builder *builder, struct sequence *sequence) {
         builder->batch->logit_rows[builder->rows++] = last - sequence->row_count + i;
 }
 
-static int distinct_adapters(const struct lora_segment *segments, int count) {
-    int distinct = 0;
+// The image's end is the end of its last module's B.
+static uint64_t segment_bytes(const struct engine *engine, const struct lora_segment *segment) {
+    const struct lora_geometry *geometry = &engine->geometry;
+    int64_t elems = segment->b_offset[LORA_DOWN] +
+                    (int64_t)segment->rank[LORA_DOWN] * geometry->out[LORA_DOWN];
+    return (uint64_t)elems * (uint64_t)geometry->layers * dtype_bytes(geometry->dtype);
+}
+
+static void count_adapters(const struct engine *engine, struct engine_batch *batch, int count) {
+    const struct lora_segment *segments = batch->segments;
+    batch->adapters = 0;
+    batch->adapter_bytes = 0;
     for (int i = 0; i < count; i++) {
         int before = i - 1;
         while (before >= 0 && segments[before].pages != segments[i].pages) before--;
-        distinct += before < 0;
+        if (before >= 0) continue;
+        batch->adapters++;
+        batch->adapter_bytes += segment_bytes(engine, &segments[i]);
     }
-    return distinct;
 }
 
 void engine_batch_build(struct engine *engine) {
@@ -125,7 +136,7 @@ void engine_batch_build(struct engine *engine) {
         v_first += batch->segments[i].token_count;
     }
     VERIFY_OP(v_first, <=, builder.tokens * REQUEST_ADAPTERS_MAX);
-    batch->adapters = distinct_adapters(batch->segments, builder.segments);
+    count_adapters(engine, batch, builder.segments);
     batch->step = (struct model_step){.token_count = builder.tokens,
                                       .ids = batch->ids,
                                       .positions = batch->positions,

@@ -3,6 +3,7 @@
 //   engine.c         creation, the thread, and the calls of the API thread
 //   engine_step.c    one step: who runs, with which pages and adapters
 //   engine_adapters.c  adapters on their way to the device, before a step
+//   engine_ends.c    who must end now, and who cannot be in time
 //   engine_batch.c   the planned sequences as one struct model_step
 //   engine_output.c  rows of logits -> tokens -> events; the end of a request
 #ifndef LORAD_SERVER_ENGINE_INTERNAL_H
@@ -29,6 +30,7 @@ struct engine_batch {
     int32_t *logit_rows;              // [sequences_max]
     struct model_step step;
     int adapters; // distinct ones
+    uint64_t adapter_bytes; // of their images
 };
 
 struct engine {
@@ -54,6 +56,7 @@ struct engine {
     _Atomic int unfinished;    // accepted and not ended
     _Atomic int undelivered;   // accepted, and the terminal event not polled
     _Atomic uint64_t arrivals;
+    _Atomic double first_interval_s;  // between two first tokens while others wait; 0 = unknown
     _Atomic double finish_interval_s; // between two requests' ends under load; 0 = unknown
 
     // Engine thread only, from here on.
@@ -86,6 +89,7 @@ struct engine {
     struct engine_event *step_events; // [step_events_max] of the step being made
     int step_event_count, step_events_max;
     double waiting_deadline_s; // earliest of those that wait; INFINITY = none
+    double first_s;            // the last first token; 0 after a moment in which nobody waited
     double finish_s;           // the last request's end; 0 after an idle moment
     uint64_t step;
     bool names_changed;
@@ -109,6 +113,11 @@ static inline uint64_t page_tag_shared(const struct sequence *sequence) {
 void engine_release(struct engine *engine, struct sequence *sequence, double now_s);
 void engine_assert(const struct engine *engine); // every invariant, walking every page
 int engine_fixed_pages(const struct engine *engine); // that no sequence has to itself
+
+// engine_ends.c; `cancels`: a request's own mark may have changed.
+void engine_end_due(struct engine *engine, bool cancels, double now_s);
+// How long a request with `ahead` others before it waits for its first token; 0: unknown.
+double engine_first_token_wait_s(const struct engine *engine, int ahead);
 
 // engine_adapters.c
 void engine_move_adapters(struct engine *engine, double now_s);

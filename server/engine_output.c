@@ -141,9 +141,23 @@ static void event_logprobs(struct engine_event *event, const struct sampler_resu
     memcpy(event->top, result->top, (size_t)result->top_count * sizeof *result->top);
 }
 
+// Smoothed over about ten first tokens. Those of one step share the time since the last.
+static void first_token(struct engine *engine, double now_s) {
+    if (engine->waiting_count == 0) {
+        engine->first_s = 0;
+        return;
+    }
+    double known = atomic_load(&engine->first_interval_s), before_s = engine->first_s;
+    engine->first_s = now_s;
+    if (before_s > 0)
+        atomic_store(&engine->first_interval_s,
+                     known > 0 ? known + (now_s - before_s - known) / 10 : now_s - before_s);
+}
+
 static void count_token(struct engine *engine, struct sequence *sequence, double now_s) {
     struct metrics *metrics = engine->metrics;
     bool first = sequence_generated(sequence) == 1;
+    if (first) first_token(engine, now_s);
     if (first) histogram_add(&metrics->ttft, now_s - sequence->submitted_s);
     else histogram_add(&metrics->itl, now_s - sequence->token_s);
     sequence->token_s = now_s;
@@ -293,6 +307,7 @@ void engine_update_metrics(struct engine *engine, double step_s) {
     if (!idle) {
         atomic_fetch_add(&metrics->steps, 1);
         atomic_fetch_add(&metrics->step_us, (uint64_t)(step_s * 1e6));
+        atomic_fetch_add(&metrics->step_adapter_bytes, batch->adapter_bytes);
     }
     if (!engine->names_changed) return;
     engine->names_changed = false;

@@ -106,44 +106,6 @@ static void preempt(struct engine *engine, struct sequence *sequence, double now
     atomic_fetch_add(&engine->metrics->preemptions, 1);
 }
 
-// Why a request must end now, or STATUS_OK.
-static enum status must_end(const struct engine *engine, const struct request *request,
-                            double now_s) {
-    if (atomic_load(&engine->failed)) return STATUS_DEVICE;
-    if (atomic_load(&request->cancelled)) return STATUS_CANCELLED;
-    for (int i = 0; i < request->adapter_count; i++)
-        if (atomic_load(&request->adapters[i]->forced)) return STATUS_NOT_FOUND;
-    if (request->deadline_s > 0 && now_s >= request->deadline_s) return STATUS_DEADLINE;
-    if (atomic_load(&engine->draining) && now_s >= atomic_load(&engine->drain_until_s))
-        return STATUS_SHUTDOWN;
-    return STATUS_OK;
-}
-
-static void end_where_due(struct engine *engine, struct sched_item **list, const int *count,
-                          double now_s) {
-    for (int i = 0; i < *count;) {
-        struct sequence *sequence = sequence_of(list[i]);
-        enum status status = must_end(engine, sequence->request, now_s);
-        if (status == STATUS_OK) i++;
-        else engine_end_early(engine, sequence, FINISH_ABORT, status, now_s); // shortens the list
-    }
-}
-
-// Running ones are looked at in every step; the many that wait only when something happened.
-static void end_all_due(struct engine *engine, bool cancels, double now_s) {
-    end_where_due(engine, engine->running, &engine->running_count, now_s);
-    if (!cancels && now_s < engine->waiting_deadline_s && !atomic_load(&engine->failed) &&
-        !atomic_load(&engine->draining))
-        return;
-    end_where_due(engine, engine->waiting_list, &engine->waiting_count, now_s);
-    engine->waiting_deadline_s = INFINITY;
-    for (int i = 0; i < engine->waiting_count; i++) {
-        double deadline_s = sequence_of(engine->waiting_list[i])->request->deadline_s;
-        if (deadline_s > 0 && deadline_s < engine->waiting_deadline_s)
-            engine->waiting_deadline_s = deadline_s;
-    }
-}
-
 // ------------------------------------------------------------------ the step's parts
 
 static void take_submissions(struct engine *engine) {
@@ -196,6 +158,8 @@ static void plan(struct engine *engine) {
                                   .rows_max = engine->options.sequences_max,
                                   .page_count = engine->geometry.pool_pages - engine->reserved_pages,
                                   .fixed_pages = engine_fixed_pages(engine),
+                                  .adapters_max = engine->options.clusters_max,
+                                  .adapters_running = residency_counts(engine->residency).running,
                                   .passes_max = SCHED_PASSES_MAX,
                                   .window = SCHED_WINDOW};
     engine->window_count = tenants_window(engine->tenants, false, engine->window, SCHED_WINDOW);
@@ -304,7 +268,7 @@ static void compute(struct engine *engine) {
     if (!engine->ops->health(engine->backend)) {
         log_event(LOG_ERROR, "device_failed", "step=%llu", (unsigned long long)engine->step);
         atomic_store(&engine->failed, true);
-        end_all_due(engine, true, after);
+        engine_end_due(engine, true, after);
         return;
     }
     engine_take_rows(engine, logits, after);
@@ -354,7 +318,7 @@ bool engine_step(struct engine *engine) {
     double now_s = engine_now_s();
     bool cancels = atomic_exchange(&engine->cancels, false);
     take_submissions(engine);
-    end_all_due(engine, cancels, now_s);
+    engine_end_due(engine, cancels, now_s);
     residency_sweep(engine->residency);
     if (engine->running_count + engine->waiting_count > 0) engine->step++;
     preempt_for_test(engine, now_s);

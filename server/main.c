@@ -138,6 +138,8 @@ static enum status create_engine(struct program *p, struct error *err) {
                                      .pool_bytes = pool_bytes,
                                      .host_bytes = o->host_bytes ? o->host_bytes
                                                                  : free_memory_bytes() / 4,
+                                     .first_token_slo_s = o->first_token_slo_ms / 1000.0,
+                                     .clusters_max = o->cluster_adapters,
                                      .load_threads = o->load_threads,
                                      .prefix_cache = o->prefix_cache,
                                      .tenant_weights = o->tenant_weights,

@@ -64,6 +64,14 @@ static const struct option table[] = {
      AT(max_model_len), 0, INT_MAX},
     {"max-queue", "N", "1024", "requests that wait; more are answered with 429", KIND_INT,
      AT(max_queue), 1, 1 << 20},
+    {"first-token-slo-ms", "N", "0",
+     "refuse (429, with Retry-After) who would wait longer than this for a first token, instead\n"
+     "of serving everybody late; 0 lets all wait",
+     KIND_INT, AT(first_token_slo_ms), 0, INT_MAX},
+    {"cluster-adapters", "N", "0",
+     "prefer requests whose adapters run already once N distinct ones run (S-LoRA's adapter\n"
+     "clustering); 0 takes everybody in turn",
+     KIND_INT, AT(cluster_adapters), 0, 4096},
     {"tenant-weight", "NAME=W", NULL,
      "share of a tenant against others' 1 when requests wait; repeat it. A tenant is an API\n"
      "key (key-1 is the first of --api-key-file) or, without keys, the request's \"user\"",

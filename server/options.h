@@ -24,7 +24,7 @@ struct options {
     size_t pool_bytes; // 0: a quarter of free memory
     size_t host_bytes; // 0: a quarter of free memory, too
     int load_threads, prefix_cache; // prefix_cache: 0 or 1
-    int drain_s;
+    int drain_s, first_token_slo_ms, cluster_adapters;
     bool host_given, help;
 };
 

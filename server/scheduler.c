@@ -155,9 +155,13 @@ static bool try_admit(struct planner *planner, struct sched_item *item) {
             scratch->adapters[scratch->adapter_count++] = item->adapters[i];
             pages += item->adapters[i]->page_count;
         }
+    int adapters = limits->adapters_running + scratch->adapter_count;
+    bool crowded = limits->adapters_max > 0 && scratch->adapter_count > saved &&
+                   adapters > limits->adapters_max && item->passed < limits->passes_max &&
+                   planner->running > 0;
     long long used_pages = planner->used_pages +
                            sched_pages(item->tokens_total - item->tokens_shared);
-    if (used_pages + pages > limits->page_count) { // spares most of a full pool's candidates
+    if (crowded || used_pages + pages > limits->page_count) { // spares most of a full pool's candidates
         scratch->adapter_count = saved;
         return false;
     }

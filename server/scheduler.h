@@ -10,6 +10,9 @@
 // finishes when those before it are still there and each has grown by left_i; the largest of
 // those sums, in whole pages, must fit beside the adapters in use.
 //
+// With adapters_max, who would bring one adapter too many waits until fewer are in use, or until it
+// was passed too often.
+//
 // Waiting order is the caller's: between tenants by what they got (tenants.h), within one by (priority,
 // arrival). Requests whose adapters are resident may pass ones that
 // must load, and requests that fit may pass ones that do not, but no request is passed more than
@@ -44,6 +47,8 @@ struct sched_limits {
     int step_tokens_max, sequences_max, rows_max;
     int page_count;
     int fixed_pages; // of adapters in use or arriving, and of prefixes that sequences share
+    int adapters_max;     // distinct ones in use at once; 0: any number (S-LoRA's clustering)
+    int adapters_running; // of them, already in use
     int passes_max;
     int window; // waiting items looked at in one step
 };

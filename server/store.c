@@ -70,11 +70,12 @@ enum status store_open(const char *folder, struct store **out, struct error *err
     int version = 0;
     if (!status) status = check_version(store, &version, err);
     if (!status && version == 1)
-        status = run(store, "ALTER TABLE adapters ADD COLUMN stamp TEXT NOT NULL DEFAULT ''", err);
+        status = run(store, "ALTER TABLE adapters ADD COLUMN stamp TEXT NOT NULL DEFAULT '';"
+                     "ALTER TABLE adapters ADD COLUMN pinned TEXT NOT NULL DEFAULT '0'", err);
     if (!status)
         status = run(store, "CREATE TABLE IF NOT EXISTS adapters(name TEXT PRIMARY KEY NOT NULL,"
                      "path TEXT NOT NULL, digest TEXT NOT NULL, dtype TEXT NOT NULL,"
-                     "stamp TEXT NOT NULL) WITHOUT ROWID; PRAGMA user_version=2; COMMIT", err);
+                     "stamp TEXT NOT NULL, pinned TEXT NOT NULL) WITHOUT ROWID; PRAGMA user_version=2; COMMIT", err);
     if (status) {
         store_close(store);
         return status;
@@ -89,7 +90,7 @@ void store_close(struct store *store) {
     free(store);
 }
 
-// Runs one statement with up to five texts bound, in a transaction of its own.
+// Runs one statement with up to six texts bound, in a transaction of its own.
 static enum status change(struct store *store, const char *sql, const char *const *texts, int count,
                           struct error *err) {
     // Another thread's call must not come between a failure and its message.
@@ -107,10 +108,17 @@ static enum status change(struct store *store, const char *sql, const char *cons
 }
 
 enum status store_put(struct store *store, const char *name, const char *path, const char *digest,
-                      const char *dtype, const char *stamp, struct error *err) {
-    const char *const texts[] = {name, path, digest, dtype, stamp};
-    return change(store, "INSERT OR REPLACE INTO adapters(name, path, digest, dtype, stamp) "
-                  "VALUES(?, ?, ?, ?, ?)", texts, 5, err);
+                      const char *dtype, const char *stamp, bool pinned,
+                      struct error *err) {
+    const char *const texts[] = {name, path, digest, dtype, stamp, pinned ? "1" : "0"};
+    return change(store, "INSERT OR REPLACE INTO adapters(name, path, digest, dtype, stamp, "
+                  "pinned) VALUES(?, ?, ?, ?, ?, ?)", texts, 6, err);
+}
+
+enum status store_set_pinned(struct store *store, const char *name, bool pinned,
+                             struct error *err) {
+    const char *const texts[] = {pinned ? "1" : "0", name};
+    return change(store, "UPDATE adapters SET pinned = ? WHERE name = ?", texts, 2, err);
 }
 
 enum status store_delete(struct store *store, const char *name, struct error *err) {
@@ -127,7 +135,7 @@ enum status store_list(struct store *store, struct store_entry **list, int *coun
     *list = NULL;
     *count = 0;
     sqlite3_stmt *statement;
-    if (sqlite3_prepare_v2(store->db, "SELECT name, path, digest, dtype, stamp FROM adapters "
+    if (sqlite3_prepare_v2(store->db, "SELECT name, path, digest, dtype, stamp, pinned FROM adapters "
                            "ORDER BY name", -1, &statement, NULL) != SQLITE_OK)
         return refuse(store, err);
     struct store_entry *found = NULL;
@@ -137,7 +145,8 @@ enum status store_list(struct store *store, struct store_entry **list, int *coun
                                            sizeof *found);
         found[n++] = (struct store_entry){column_copy(statement, 0), column_copy(statement, 1),
                                           column_copy(statement, 2), column_copy(statement, 3),
-                                          column_copy(statement, 4)};
+                                          column_copy(statement, 4),
+                                          sqlite3_column_int(statement, 5) != 0};
     }
     enum status status = code == SQLITE_DONE ? STATUS_OK : refuse(store, err);
     sqlite3_finalize(statement);

@@ -18,11 +18,15 @@ void store_close(struct store *store); // NULL is allowed
 // STATUS_NO_PAGES: the disk is full; STATUS_IO: anything else. Either way all is as before.
 MUST_CHECK enum status store_put(struct store *store, const char *name, const char *path,
                                  const char *digest, const char *dtype, const char *stamp,
-                                 struct error *err);
+                                 bool pinned, struct error *err);
+// Of a name that is there; nothing happens to one that is not.
+MUST_CHECK enum status store_set_pinned(struct store *store, const char *name, bool pinned,
+                                        struct error *err);
 MUST_CHECK enum status store_delete(struct store *store, const char *name, struct error *err);
 
 struct store_entry {
     char *name, *path, *digest, *dtype, *stamp;
+    bool pinned;
 };
 // All of them by name; on STATUS_OK *list is the caller's to give to store_list_free.
 MUST_CHECK enum status store_list(struct store *store, struct store_entry **list, int *count,

@@ -614,6 +614,41 @@ static void identity_is_content(void **state) {
     adapter_unref(NULL);
 }
 
+// Catches: bytes served under the digest of others; an image laid out for other ranks; a file that
+// was touched but holds the same refused.
+static void read_again_is_the_same_or_refused(void **state) {
+    empty_folder();
+    struct test_weights w = usual_weights();
+    write_config(folder, NULL, "");
+    write_weights(folder, &w);
+    struct adapter *adapter = NULL;
+    struct error err = {0};
+    assert_int_equal(adapter_open(&small_geometry, "x", -1, folder, &adapter, &err), STATUS_OK);
+    assert_false(atomic_load(&adapter->digest_known));
+    assert_null(adapter->image);
+    void *image = mem_alloc(adapter->image_bytes), *first = mem_alloc(adapter->image_bytes);
+    assert_int_equal(adapter_read(&small_geometry, adapter, first, NULL, &err), STATUS_OK);
+    assert_true(atomic_load(&adapter->digest_known));
+    struct adapter *whole = load(&small_geometry, "y", folder);
+    assert_string_equal(adapter->digest, whole->digest);
+    assert_memory_equal(first, whole->image, adapter->image_bytes);
+    write_weights(folder, &w); // another file with the same bytes
+    memset(image, 7, adapter->image_bytes);
+    assert_int_equal(adapter_read(&small_geometry, adapter, image, NULL, &err), STATUS_OK);
+    assert_memory_equal(image, first, adapter->image_bytes);
+    w.tensors[7].special_at = 7, w.tensors[7].special = 9.0f;
+    write_weights(folder, &w);
+    assert_int_equal(adapter_read(&small_geometry, adapter, image, NULL, &err), STATUS_INVALID);
+    assert_non_null(strstr(err.text, "not those that were registered"));
+    adapter->rank[LORA_Q]++; // as if it had been opened with another rank
+    assert_int_equal(adapter_read(&small_geometry, adapter, image, NULL, &err), STATUS_INVALID);
+    adapter->rank[LORA_Q]--;
+    free(image);
+    free(first);
+    adapter_unref(adapter);
+    adapter_unref(whole);
+}
+
 // ---- dummy adapters ----------------------------------------------------------------------------
 
 static void dummy_sources(void **state) {
@@ -671,6 +706,7 @@ int main(void) {
         cmocka_unit_test(refuses_what_the_pool_cannot_hold),
         cmocka_unit_test(loads_good_folders),
         cmocka_unit_test(identity_is_content),
+        cmocka_unit_test(read_again_is_the_same_or_refused),
         cmocka_unit_test(dummy_sources),
         cmocka_unit_test(refuses_bad_dummies),
     };

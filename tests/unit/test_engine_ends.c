@@ -166,6 +166,44 @@ static void deadlines(void **state) {
     rig_close(&rig);
 }
 
+// Catches: early aborts that never come, that take the oldest, or that hit a queue in time.
+static void hopeless_ones_end_early(void **state) {
+    enum { JOBS = 40 };
+    struct rig rig;
+    struct job jobs[JOBS], patient;
+    rig_open(&rig, (struct engine_options){.sequences_max = 1, .step_tokens_max = 64,
+                                           .first_token_slo_s = 0.12}, 60, NULL);
+    struct error err = {0};
+    int refused = 0;
+    for (int i = 0; i < JOBS; i++) {
+        job_init(&jobs[i], i, 4, 2);
+        rig_submit(&rig, &jobs[i]); // nothing is known yet: all are taken
+    }
+    for (int i = 0; i < 8; i++) { // a request takes two steps: first tokens come every 20 ms
+        rig_step(&rig);
+        nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+    }
+    job_init(&patient, 99, 4, 2);
+    assert_int_equal(engine_submit(rig.engine, &patient.request, 1, &err), STATUS_OK);
+    rig_run(&rig);
+    int oldest_refused = JOBS;
+    for (int i = 0; i < JOBS; i++) {
+        assert_int_equal(jobs[i].terminals, 1);
+        if (jobs[i].error == STATUS_FULL) {
+            refused++;
+            if (i < oldest_refused) oldest_refused = i;
+        }
+        job_free(&jobs[i]);
+    }
+    assert_int_equal(patient.error, STATUS_OK); // the queue is short again
+    assert_true(refused >= 20 && refused < JOBS - 4);
+    assert_int_equal(refused, JOBS - oldest_refused); // the newest, and only they
+    assert_int_equal(atomic_load(&rig.metrics.early_aborts), refused);
+    job_free(&patient);
+    rig_assert_idle(&rig);
+    rig_close(&rig);
+}
+
 static void drains(void **state) {
     for (int late = 0; late < 2; late++) {
         struct rig rig;
@@ -537,6 +575,7 @@ int main(void) {
         cmocka_unit_test(cancel_frees_pages_at_the_next_step),
         cmocka_unit_test(deadlines),
         cmocka_unit_test(drains),
+        cmocka_unit_test(hopeless_ones_end_early),
         cmocka_unit_test(device_failure_ends_everyone),
         cmocka_unit_test(slow_receiver_loses_nothing),
         cmocka_unit_test(retired_adapter_finishes_in_flight),

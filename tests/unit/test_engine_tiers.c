@@ -232,8 +232,8 @@ static void a_failed_read_ends_its_requests_alone(void **state) {
         run_all(&rig, 100000);
         assert_int_equal(jobs[0].error, STATUS_OK);
         assert_int_equal(jobs[2].error, STATUS_OK);
-        assert_int_equal(jobs[1].error, STATUS_INVALID);
-        assert_int_equal(jobs[3].error, STATUS_INVALID);
+        assert_int_equal(jobs[1].error, STATUS_IO);
+        assert_int_equal(jobs[3].error, STATUS_IO);
         assert_int_equal(atomic_load(&adapters[1]->tier), ADAPTER_ON_DISK);
         rig_assert_idle(&rig);
         adapters[1]->path = path; // the files are back: so is the adapter

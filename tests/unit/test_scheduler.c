@@ -344,8 +344,35 @@ static void decodes_take_turns(void **state) {
     sched_scratch_destroy(scratch);
 }
 
+// Catches: clustering that admits one adapter too many, that keeps out who brings none, or that
+// keeps somebody out for ever.
+static void clusters_keep_adapters_few(void **state) {
+    struct adapter adapters[3] = {{.page_count = 1}, {.page_count = 1}, {.page_count = 1}};
+    struct adapter *of[5] = {&adapters[0], &adapters[1], &adapters[2], &adapters[0], NULL};
+    struct sched_item items[5] = {0}, *list[5];
+    for (int i = 0; i < 5; i++) {
+        items[i] = (struct sched_item){.tokens_total = 4, .tokens_left = 4, .arrival = (uint64_t)i + 1,
+                                       .adapters = &of[i], .adapter_count = of[i] != NULL};
+        list[i] = &items[i];
+        if (i < 3) atomic_store(&adapters[i].resident, true);
+    }
+    struct sched_limits limits = {.step_tokens_max = 100, .sequences_max = 8, .rows_max = 8,
+                                  .page_count = 100, .passes_max = 4, .window = 8,
+                                  .adapters_max = 2};
+    struct sched_scratch *scratch = sched_scratch_create(8);
+    struct sched_plan plan = sched_plan(NULL, 0, list, 5, &limits, scratch);
+    assert_int_equal(plan.admitted, 4); // all but the third adapter's
+    assert_false(items[2].admit);
+    limits.adapters_running = 2; // both others run: it goes on waiting, until it was passed enough
+    items[2].passed = 4;
+    plan = sched_plan(NULL, 0, &list[2], 1, &limits, scratch);
+    assert_int_equal(plan.admitted, 1);
+    sched_scratch_destroy(scratch);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(clusters_keep_adapters_few),
         cmocka_unit_test(peak_is_the_simulated_one),
         cmocka_unit_test(single_plans),
         cmocka_unit_test(residents_pass_but_not_for_ever),

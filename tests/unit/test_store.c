@@ -47,8 +47,8 @@ static void expect(struct store *store, const char *wanted) {
     char text[1024] = "";
     assert_int_equal(store_list(store, &list, &count, NULL), STATUS_OK);
     for (int i = 0; i < count; i++)
-        snprintf(text + strlen(text), sizeof text - strlen(text), "%s=%s/%s/%s;", list[i].name,
-                 list[i].path, list[i].digest, list[i].dtype);
+        snprintf(text + strlen(text), sizeof text - strlen(text), "%s=%s/%s/%s%s;", list[i].name,
+                 list[i].path, list[i].digest, list[i].dtype, list[i].pinned ? "!" : "");
     store_list_free(list, count);
     assert_string_equal(text, wanted);
 }
@@ -56,10 +56,10 @@ static void expect(struct store *store, const char *wanted) {
 static void remembers(void **state) {
     struct store *store = reopen();
     expect(store, "");
-    assert_int_equal(store_put(store, "b", "two", "d2", "f32", "stamp", NULL), STATUS_OK);
-    assert_int_equal(store_put(store, "a'; --", "one \"x\"", "d1", "bf16", "stamp", NULL), STATUS_OK);
-    assert_int_equal(store_put(store, "c", "three", "d3", "f32", "stamp", NULL), STATUS_OK);
-    assert_int_equal(store_put(store, "b", "2", "d22", "f32", "stamp", NULL), STATUS_OK);
+    assert_int_equal(store_put(store, "b", "two", "d2", "f32", "stamp", false, NULL), STATUS_OK);
+    assert_int_equal(store_put(store, "a'; --", "one \"x\"", "d1", "bf16", "stamp", false, NULL), STATUS_OK);
+    assert_int_equal(store_put(store, "c", "three", "d3", "f32", "stamp", false, NULL), STATUS_OK);
+    assert_int_equal(store_put(store, "b", "2", "d22", "f32", "stamp", false, NULL), STATUS_OK);
     assert_int_equal(store_delete(store, "c", NULL), STATUS_OK);
     assert_int_equal(store_delete(store, "never there", NULL), STATUS_OK);
     store_close(store);
@@ -70,14 +70,14 @@ static void remembers(void **state) {
 
 static void failed_write_leaves_what_was(void **state) {
     struct store *store = reopen();
-    assert_int_equal(store_put(store, "a", "one", "d1", "f32", "stamp", NULL), STATUS_OK);
+    assert_int_equal(store_put(store, "a", "one", "d1", "f32", "stamp", false, NULL), STATUS_OK);
     struct rlimit limits, none;
     assert_int_equal(getrlimit(RLIMIT_FSIZE, &limits), 0);
     none = (struct rlimit){.rlim_cur = 0, .rlim_max = limits.rlim_max};
     signal(SIGXFSZ, SIG_IGN);
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &none), 0);
     struct error err = {0};
-    enum status put = store_put(store, "b", "two", "d2", "f32", "stamp", &err);
+    enum status put = store_put(store, "b", "two", "d2", "f32", "stamp", false, &err);
     enum status removed = store_delete(store, "a", NULL);
     assert_int_equal(setrlimit(RLIMIT_FSIZE, &limits), 0);
     assert_int_equal(put, STATUS_IO);
@@ -85,7 +85,7 @@ static void failed_write_leaves_what_was(void **state) {
     assert_non_null(strstr(err.text, "--state-dir"));
     assert_null(strstr(err.text, folder));
     expect(store, "a=one/d1/f32;");
-    assert_int_equal(store_put(store, "b", "two", "d2", "f32", "stamp", NULL), STATUS_OK); // goes on
+    assert_int_equal(store_put(store, "b", "two", "d2", "f32", "stamp", false, NULL), STATUS_OK); // goes on
     store_close(store);
     store = reopen();
     expect(store, "a=one/d1/f32;b=two/d2/f32;");
@@ -104,7 +104,7 @@ static void refuses_what_it_cannot_own(void **state) {
     assert_non_null(file);
     // user_version: 4 bytes, big-endian, at offset 60 of the header (SQLite's file format, 1.3).
     assert_int_equal(fseek(file, 60, SEEK_SET), 0);
-    assert_int_equal(fwrite("\0\0\0\x02", 1, 4, file), 4);
+    assert_int_equal(fwrite("\0\0\0\x03", 1, 4, file), 4);
     fclose(file);
     assert_int_equal(store_open(folder, &second, &err), STATUS_INVALID);
     assert_non_null(strstr(err.text, "has version 3"));
