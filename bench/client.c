@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TEXT_MAX = 1 << 20 };
+enum { TEXT_MAX = 64 << 20 }; // a list of 100,000 models is 20 MiB
 
 struct call {
     uv_tcp_t tcp;

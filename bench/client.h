@@ -21,7 +21,7 @@ struct client_events {
     // Each SSE data of a 200 answer to a POST.
     void (*on_data)(void *context, const char *data, size_t bytes);
     // Exactly once, last. status 0: no whole answer came, and text says why; else text is the body
-    // of an answer that was no stream (at most 1 MiB), or "".
+    // of an answer that was no stream (at most 64 MiB), or "".
     void (*on_end)(void *context, int status, const char *text);
 };
 

@@ -3,7 +3,7 @@
 // Host image: per layer, contiguous, the matrices A then B of q, k, v, o, gate, up, down in that
 // order, each 16-byte aligned, at the true rank of that module (the largest over layers; missing
 // rows are zero), alpha / r (or alpha / sqrt(r), rsLoRA) folded into B. Elements have the pool's
-// dtype. Identity is the SHA-256 of the image and its ranks, known once the image has been read.
+// dtype. Identity is the SHA-256 of the image and its ranks, known at some time after the image was read.
 //
 // Two states, each drawn where it is kept: of the image (host_store.h: on disk, reading, in host
 // memory) and of the pages (residency.h: away, arriving, resident). All else is immutable after
@@ -59,9 +59,10 @@ struct adapter {
 
     // Of the image; host_store.c's lock guards the links, one reader at a time writes the rest.
     _Atomic int tier;           // enum adapter_tier
-    _Atomic bool digest_known;  // then the next two stay as they are
-    char digest[65];
+    bool stamped;               // it has been read once; `stamp` is of the file that was read
     struct adapter_stamp stamp;
+    _Atomic bool digest_known;  // then `digest` stays as it is
+    char digest[65];
     void *image;                // while in host memory
     struct host_store *_Atomic store; // that holds the image in its account; NULL: nobody's account
     struct adapter *host_next, *host_previous;
@@ -91,9 +92,10 @@ MUST_CHECK enum status adapter_open(const struct lora_geometry *geometry, const 
 MUST_CHECK enum status adapter_load(const struct lora_geometry *geometry, const char *name,
                                     int root, const char *path, struct adapter **out,
                                     struct error *err);
-// Fills `image` (image_bytes of it). Files that say something else than at adapter_open, or, once
-// the digest is known, hold something else, are STATUS_INVALID. `pause`, when not NULL, is called
-// between matrices. One call for an adapter at a time.
+// Fills `image` (image_bytes of it). Files that say something else than at adapter_open are
+// STATUS_INVALID; so are, after the first read, files that changed, unless the digest is known and
+// they hold the same. `pause`, when not NULL, is called about every 0.1 ms of work. One call for an
+// adapter at a time, adapter_digest's included.
 struct adapter_pause {
     void (*call)(void *context);
     void *context;
@@ -101,6 +103,8 @@ struct adapter_pause {
 MUST_CHECK enum status adapter_read(const struct lora_geometry *geometry, struct adapter *adapter,
                                     void *image, const struct adapter_pause *pause,
                                     struct error *err);
+// Computes the digest of what adapter_read filled, where it is not known yet.
+void adapter_digest(struct adapter *adapter, const void *image, const struct adapter_pause *pause);
 // Tells a restored adapter what its files held; before it is shared.
 void adapter_set_digest(struct adapter *adapter, const char *digest,
                         const struct adapter_stamp *stamp);

@@ -47,17 +47,48 @@ static inline uint64_t splitmix64(uint64_t *state) {
     return z ^ z >> 31;
 }
 
-// Uniform in [-limit, limit), two elements a number.
-static void fill_uniform(char *to, enum dtype dtype, size_t count, float limit, uint64_t state) {
-    for (size_t i = 0; i < count; i += 2) {
-        uint64_t bits = splitmix64(&state);
-        for (size_t j = i; j < i + 2 && j < count; j++, bits >>= 32) {
-            float value = ((float)(bits & 0xffffff) * 0x1p-23f - 1.0f) * limit;
-            if (dtype == DTYPE_F32)
-                ((float *)to)[j] = value;
-            else
-                ((uint16_t *)to)[j] = f32_to_bf16(value);
+enum { LANES = 16, BLOCK = 8192 };
+
+// Uniform in [-limit, limit), in steps of limit / 2^15: LANES generators of xorshift (Marsaglia,
+// Journal of Statistical Software 8(14), 2003), two elements a number, as loops that compilers turn
+// into vectors.
+struct generator {
+    uint32_t lane[LANES];
+    float scale;
+};
+
+static struct generator generator_create(float limit, uint64_t seed) {
+    struct generator generator = {.scale = limit * 0x1p-15f};
+    for (int i = 0; i < LANES; i++) generator.lane[i] = (uint32_t)(splitmix64(&seed) >> 32) | 1;
+    return generator;
+}
+
+static void generate(struct generator *generator, float *values, size_t count) {
+    for (size_t at = 0; at < count; at += 2 * LANES) {
+        float block[2 * LANES];
+        for (int i = 0; i < LANES; i++) {
+            uint32_t x = generator->lane[i];
+            x ^= x << 13;
+            x ^= x >> 17;
+            x ^= x << 5;
+            generator->lane[i] = x;
+            block[i] = (float)((int32_t)x >> 16) * generator->scale;
+            block[LANES + i] = (float)((int32_t)(x << 16) >> 16) * generator->scale;
         }
+        size_t left = count - at < 2 * LANES ? count - at : 2 * LANES;
+        memcpy(values + at, block, left * sizeof *block);
+    }
+}
+
+static void fill_uniform(char *to, enum dtype dtype, size_t count, float limit, uint64_t seed,
+                         const struct adapter_pause *pause) {
+    struct generator generator = generator_create(limit, seed);
+    float values[BLOCK];
+    for (size_t at = 0; at < count; at += BLOCK) {
+        size_t part = count - at < BLOCK ? count - at : BLOCK;
+        generate(&generator, values, part);
+        dtype_convert(to + at * dtype_bytes(dtype), dtype, values, DTYPE_F32, part);
+        adapter_pause(pause);
     }
 }
 
@@ -79,11 +110,10 @@ void adapter_dummy_fill(const struct lora_geometry *geometry, const struct adapt
             size_t in = (size_t)geometry->in[module], out = (size_t)geometry->out[module];
             fill_uniform(adapter_image_at(geometry, adapter, image, layer,
                                           adapter->a_offset[module]),
-                         geometry->dtype, rank * in, 1.0f / sqrtf((float)in), splitmix64(&seeds));
-            adapter_pause(pause);
+                         geometry->dtype, rank * in, 1.0f / sqrtf((float)in), splitmix64(&seeds),
+                         pause);
             fill_uniform(adapter_image_at(geometry, adapter, image, layer,
                                           adapter->b_offset[module]),
-                         geometry->dtype, rank * out, 0.02f, splitmix64(&seeds));
-            adapter_pause(pause);
+                         geometry->dtype, rank * out, 0.02f, splitmix64(&seeds), pause);
         }
 }

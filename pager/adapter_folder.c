@@ -123,58 +123,78 @@ static enum status check_pairs(const struct lora_geometry *geometry,
     return STATUS_OK;
 }
 
-// Reads one matrix into rows of `stride` image elements, multiplied by `scale`.
-static enum status read_matrix(const struct lora_geometry *geometry, const struct safetensors *file,
-                               const struct tensor_info *info, char *to, size_t stride, float scale,
-                               void *raw, float *values, struct error *err) {
-    enum status status = safetensors_read(file, info, raw, err);
-    if (status != STATUS_OK) return status;
-    dtype_to_f32(values, raw, info->dtype, info->elements);
+// Where matrices pass through, a block at a time.
+enum { BLOCK_ELEMENTS = 8192 };
+struct reader {
+    const struct lora_geometry *geometry;
+    const struct safetensors *file;
+    const struct adapter_pause *pause;
+    void *raw; // one whole tensor
+    float *values;
+};
+
+// The block's values times `scale`; false: one of them is NaN, infinite or too large.
+static bool scale_values(float *values, size_t count, float scale) {
     bool finite = true;
-    for (size_t i = 0; i < info->elements; i++) {
+    for (size_t i = 0; i < count; i++) {
         values[i] *= scale;
         finite &= fabsf(values[i]) <= LARGEST_BF16; // false for NaN
     }
-    if (!finite)
-        return error_set(err, STATUS_INVALID, ADAPTER_WEIGHTS ": tensor %.120s holds a value that is NaN, "
-                         "infinite, or too large once scaled; all must be finite", info->name);
+    return finite;
+}
+
+// Reads one matrix into rows of `stride` image elements, multiplied by `scale`.
+static enum status read_matrix(struct reader *r, const struct tensor_info *info, char *to,
+                               size_t stride, float scale, struct error *err) {
+    enum status status = safetensors_read(r->file, info, r->raw, err);
+    if (status != STATUS_OK) return status;
     size_t rows = (size_t)info->shape[0], columns = (size_t)info->shape[1];
+    size_t bytes = dtype_bytes(r->geometry->dtype), raw_bytes = dtype_bytes(info->dtype);
+    size_t at_once = columns < BLOCK_ELEMENTS ? BLOCK_ELEMENTS / columns : 1;
     VERIFY_OP(columns, <=, stride);
-    for (size_t row = 0; row < rows; row++)
-        dtype_convert(to + row * stride * dtype_bytes(geometry->dtype), geometry->dtype,
-                      values + row * columns, DTYPE_F32, columns);
+    for (size_t row = 0; row < rows; row += at_once) {
+        size_t count = rows - row < at_once ? rows - row : at_once;
+        const char *from = (const char *)r->raw + row * columns * raw_bytes;
+        dtype_to_f32(r->values, from, info->dtype, count * columns);
+        if (!scale_values(r->values, count * columns, scale))
+            return error_set(err, STATUS_INVALID, ADAPTER_WEIGHTS ": tensor %.120s holds a value "
+                             "that is NaN, infinite, or too large once scaled; all must be finite",
+                             info->name);
+        for (size_t i = 0; i < count; i++)
+            dtype_convert(to + (row + i) * stride * bytes, r->geometry->dtype,
+                          r->values + i * columns, DTYPE_F32, columns);
+        adapter_pause(r->pause);
+    }
     return STATUS_OK;
 }
 
 enum status adapter_files_read(const struct lora_geometry *geometry, const struct adapter *adapter,
                                const struct adapter_files *files, void *image,
                                const struct adapter_pause *pause, struct error *err) {
-    const struct safetensors *file = files->file;
-    const struct adapter_pair *pairs = files->pairs;
-    size_t bytes_max = 0, elements_max = 0;
-    for (size_t i = 0; i < safetensors_count(file); i++) {
-        const struct tensor_info *info = safetensors_at(file, i);
+    struct reader reader = {.geometry = geometry, .file = files->file, .pause = pause};
+    size_t bytes_max = 0, columns_max = BLOCK_ELEMENTS;
+    for (size_t i = 0; i < safetensors_count(files->file); i++) {
+        const struct tensor_info *info = safetensors_at(files->file, i);
         if (info->bytes > bytes_max) bytes_max = info->bytes;
-        if (info->elements > elements_max) elements_max = info->elements;
+        if ((size_t)info->shape[1] > columns_max) columns_max = (size_t)info->shape[1];
     }
-    void *raw = mem_alloc(bytes_max);
-    float *values = mem_alloc(elements_max * sizeof *values);
+    reader.raw = mem_alloc(bytes_max);
+    reader.values = mem_alloc(columns_max * sizeof *reader.values);
     enum status status = STATUS_OK;
     for (int i = 0; status == STATUS_OK && i < geometry->layers * LORA_MODULES; i++) {
         int layer = i / LORA_MODULES, module = i % LORA_MODULES;
-        if (!pairs[i].a) continue;
-        status = read_matrix(geometry, file, pairs[i].a,
-                             adapter_image_at(geometry, adapter, image, layer, adapter->a_offset[module]),
-                             (size_t)geometry->in[module], 1.0f, raw, values, err);
-        adapter_pause(pause);
+        const struct adapter_pair *pair = &files->pairs[i];
+        if (!pair->a) continue;
+        status = read_matrix(&reader, pair->a, adapter_image_at(geometry, adapter, image, layer,
+                                                                adapter->a_offset[module]),
+                             (size_t)geometry->in[module], 1.0f, err);
         if (status != STATUS_OK) break;
-        status = read_matrix(geometry, file, pairs[i].b,
-                             adapter_image_at(geometry, adapter, image, layer, adapter->b_offset[module]),
-                             (size_t)adapter->rank[module], (float)files->plan.entry[i].scale, raw,
-                             values, err);
+        status = read_matrix(&reader, pair->b, adapter_image_at(geometry, adapter, image, layer,
+                                                                adapter->b_offset[module]),
+                             (size_t)adapter->rank[module], (float)files->plan.entry[i].scale, err);
     }
-    free(values);
-    free(raw);
+    free(reader.values);
+    free(reader.raw);
     return status;
 }
 

@@ -151,6 +151,7 @@ void adapter_set_digest(struct adapter *adapter, const char *digest,
     VERIFY_OP(strlen(digest), ==, sizeof adapter->digest - 1);
     memcpy(adapter->digest, digest, sizeof adapter->digest);
     adapter->stamp = *stamp;
+    adapter->stamped = true;
     atomic_store(&adapter->digest_known, true);
 }
 
@@ -188,11 +189,22 @@ static enum status folder_read(const struct lora_geometry *geometry, struct adap
     return status;
 }
 
+void adapter_digest(struct adapter *adapter, const void *image, const struct adapter_pause *pause) {
+    if (atomic_load(&adapter->digest_known)) return;
+    digest_of(adapter, image, adapter->digest, pause);
+    atomic_store(&adapter->digest_known, true);
+}
+
 // What a read found the first time is what every later one must find. As long as the file is the
-// same one and unchanged, its bytes are not hashed again.
+// same one and unchanged, so are its bytes.
 enum status adapter_read(const struct lora_geometry *geometry, struct adapter *adapter, void *image,
                          const struct adapter_pause *pause, struct error *err) {
-    memset(image, 0, adapter->image_bytes);
+    enum { PIECE_BYTES = 256 << 10 }; // ranks smaller than the module's leave zeros
+    for (size_t at = 0; at < adapter->image_bytes; at += PIECE_BYTES) {
+        size_t left = adapter->image_bytes - at;
+        memset((char *)image + at, 0, left < PIECE_BYTES ? left : PIECE_BYTES);
+        adapter_pause(pause);
+    }
     struct adapter_stamp stamp;
     enum status status = adapter_stamp_now(adapter->root, adapter->path, &stamp, err);
     if (status != STATUS_OK) return status;
@@ -209,14 +221,15 @@ enum status adapter_read(const struct lora_geometry *geometry, struct adapter *a
         if (status == STATUS_OK && memcmp(&stamp, &after, sizeof stamp) != 0)
             status = files_changed(err);
     }
-    bool known = atomic_load(&adapter->digest_known);
-    if (status != STATUS_OK || (known && !memcmp(&stamp, &adapter->stamp, sizeof stamp)))
-        return status;
-    char hex[65];
-    digest_of(adapter, image, hex, pause);
-    if (known && strcmp(hex, adapter->digest) != 0) return files_changed(err);
-    if (known) adapter->stamp = stamp;
-    else adapter_set_digest(adapter, hex, &stamp);
+    if (status != STATUS_OK) return status;
+    if (adapter->stamped && memcmp(&stamp, &adapter->stamp, sizeof stamp) != 0) {
+        char hex[65];
+        if (!atomic_load(&adapter->digest_known)) return files_changed(err);
+        digest_of(adapter, image, hex, pause);
+        if (strcmp(hex, adapter->digest) != 0) return files_changed(err);
+    }
+    adapter->stamp = stamp;
+    adapter->stamped = true;
     return STATUS_OK;
 }
 
@@ -228,7 +241,10 @@ enum status adapter_load(const struct lora_geometry *geometry, const char *name,
     adapter->image = mem_alloc_aligned(adapter->image_bytes);
     atomic_store(&adapter->tier, ADAPTER_IN_HOST);
     status = adapter_read(geometry, adapter, adapter->image, NULL, err);
-    if (status == STATUS_OK) return STATUS_OK;
+    if (status == STATUS_OK) {
+        adapter_digest(adapter, adapter->image, NULL);
+        return STATUS_OK;
+    }
     adapter_unref(adapter);
     *out = NULL;
     return status;

@@ -14,9 +14,9 @@
 #include <string.h>
 #include <time.h>
 
-enum { THREADS_MAX = 64, COPY_PIECE_PAGES = 8 };
-// While a step is being computed: how long a loader works at a time, and its share of a core.
-static const double SLICE_S = 0.0002, BUSY_SHARE = 0.06;
+enum { THREADS_MAX = 64, COPY_PIECE_PAGES = 8, SPARE_MAX = 8 };
+// While it is paced: how long a loader works at a time, and rests at most.
+static const double SLICE_S = 0.0001, PAUSE_MAX_S = 0.05;
 
 struct host_store {
     const struct lora_geometry *geometry; // borrowed from the engine
@@ -25,12 +25,17 @@ struct host_store {
     struct host_store_options options;
     int thread_count;
     pthread_t *threads;
-    _Atomic bool busy;
+    _Atomic int pace; // enum host_pace
 
     pthread_mutex_t mutex; // guards everything below
     pthread_cond_t work;
     bool stopping, copying; // one copy at a time
     struct adapter *oldest, *newest;
+    struct {
+        void *image;
+        size_t bytes;
+    } spare[SPARE_MAX];
+    int spare_count, undigested; // images whose digest is not known
     struct adapter *wanted[HOST_WANTED_MAX];
     int wanted_count;
     struct adapter **copies; // first in, first out
@@ -51,10 +56,12 @@ static void rest(void *context) {
     struct rest *rest = context;
     double worked_s = clock_seconds() - rest->since_s;
     if (worked_s < SLICE_S) return;
-    if (rest->store->ops->computes_on_host && atomic_load(&rest->store->busy)) {
-        double pause_s = worked_s * (1 / BUSY_SHARE - 1);
-        if (pause_s > 0.02) pause_s = 0.02;
-        struct timespec pause = {0, (long)(pause_s * 1e9)};
+    if (rest->store->ops->computes_on_host && atomic_load(&rest->store->pace) == HOST_PACED &&
+        rest->store->thread_count > 0) {
+        const struct host_store *store = rest->store;
+        double pause_s = worked_s * (store->thread_count / store->options.paced_share - 1);
+        if (pause_s > PAUSE_MAX_S) pause_s = PAUSE_MAX_S;
+        struct timespec pause = {0, pause_s > 0 ? (long)(pause_s * 1e9) : 0};
         nanosleep(&pause, NULL);
     }
     rest->since_s = clock_seconds();
@@ -76,14 +83,32 @@ static void list_append(struct host_store *store, struct adapter *adapter) {
     store->newest = adapter;
 }
 
+// Mapping memory anew for each image would interrupt every processor that computes, and
+// page-locking it takes longer than a copy: a few images that went are kept for the next ones of
+// their size. Under the mutex.
 static void *image_create(struct host_store *store, size_t bytes) {
+    for (int i = 0; i < store->spare_count; i++)
+        if (store->spare[i].bytes == bytes) {
+            void *image = store->spare[i].image;
+            store->spare[i] = store->spare[--store->spare_count];
+            return image;
+        }
     if (store->ops->host_create) return store->ops->host_create(store->backend, bytes);
     return mem_alloc_aligned(bytes);
 }
 
-static void image_free(struct host_store *store, void *image) {
+static void image_destroy(struct host_store *store, void *image) {
     if (store->ops->host_destroy) store->ops->host_destroy(store->backend, image);
     else free(image);
+}
+
+static void image_free(struct host_store *store, void *image, size_t bytes) {
+    if (store->spare_count == SPARE_MAX) {
+        image_destroy(store, store->spare[0].image);
+        store->spare[0] = store->spare[--store->spare_count];
+    }
+    store->spare[store->spare_count].image = image;
+    store->spare[store->spare_count++].bytes = bytes;
 }
 
 // Out of the account; the image is the caller's.
@@ -94,6 +119,7 @@ static void *account_remove(struct host_store *store, struct adapter *adapter) {
     list_remove(store, adapter);
     store->counts.bytes_used -= adapter->image_bytes;
     store->counts.images--;
+    store->undigested -= !atomic_load(&adapter->digest_known);
     adapter->image = NULL;
     atomic_store(&adapter->store, NULL);
     atomic_store(&adapter->tier, ADAPTER_ON_DISK);
@@ -103,6 +129,7 @@ static void *account_remove(struct host_store *store, struct adapter *adapter) {
 static void account_add(struct host_store *store, struct adapter *adapter) {
     list_append(store, adapter);
     store->counts.images++;
+    store->undigested += !atomic_load(&adapter->digest_known);
     atomic_store(&adapter->store, store);
     atomic_store(&adapter->tier, ADAPTER_IN_HOST);
 }
@@ -119,7 +146,7 @@ static bool reserve(struct host_store *store, size_t bytes) {
         }
         if (!adapter) return false;
         struct adapter *next = adapter->host_next;
-        image_free(store, account_remove(store, adapter));
+        image_free(store, account_remove(store, adapter), adapter->image_bytes);
         store->counts.dropped++;
         adapter = next;
     }
@@ -171,7 +198,9 @@ static void read_image(struct host_store *store, struct adapter *adapter) {
     struct rest resting = {store, clock_seconds()};
     double begin_s = resting.since_s;
     struct adapter_pause pause = {rest, &resting};
+    pthread_mutex_lock(&store->mutex);
     void *image = image_create(store, adapter->image_bytes);
+    pthread_mutex_unlock(&store->mutex);
     enum status status =
         image ? adapter_read(store->geometry, adapter, image, &pause, &err)
               : error_set(&err, STATUS_NO_MEMORY, "no page-locked host memory for the adapter");
@@ -185,7 +214,7 @@ static void read_image(struct host_store *store, struct adapter *adapter) {
     } else {
         store->counts.read_failures++;
         store->counts.bytes_used -= adapter->image_bytes;
-        if (image) image_free(store, image);
+        if (image) image_free(store, image, adapter->image_bytes);
         // Not again until somebody asks again.
         for (int i = 0; i < store->wanted_count; i++)
             if (store->wanted[i] == adapter) {
@@ -218,6 +247,34 @@ static struct adapter *next_read(struct host_store *store) {
     return NULL;
 }
 
+// In the list, but its last reference may just have gone.
+static bool try_ref(struct adapter *adapter) {
+    int refs = atomic_load(&adapter->refs);
+    while (refs > 0 && !atomic_compare_exchange_weak(&adapter->refs, &refs, refs + 1)) {}
+    return refs > 0;
+}
+
+// While nothing is computed and nothing is to be brought: the digest of an image that came without.
+static bool digest_one(struct host_store *store) {
+    if (store->undigested == 0 || atomic_load(&store->pace) != HOST_IDLE) return false;
+    struct adapter *adapter = store->newest;
+    while (adapter && (atomic_load(&adapter->digest_known) || adapter->image_users > 0 ||
+                       !try_ref(adapter)))
+        adapter = adapter->host_previous;
+    if (!adapter) return false;
+    adapter->image_users++;
+    pthread_mutex_unlock(&store->mutex);
+    struct rest resting = {store, clock_seconds()};
+    adapter_digest(adapter, adapter->image, &(struct adapter_pause){rest, &resting});
+    pthread_mutex_lock(&store->mutex);
+    adapter->image_users--;
+    store->undigested--;
+    pthread_mutex_unlock(&store->mutex);
+    adapter_unref(adapter);
+    pthread_mutex_lock(&store->mutex);
+    return true;
+}
+
 // Does one thing; false: there is nothing to do. The mutex is held, but not while it works.
 static bool work(struct host_store *store) {
     struct adapter *adapter;
@@ -233,7 +290,7 @@ static bool work(struct host_store *store) {
         store->copying = false;
         return true;
     }
-    if (!(adapter = next_read(store))) return false;
+    if (!(adapter = next_read(store))) return digest_one(store);
     pthread_mutex_unlock(&store->mutex);
     read_image(store, adapter);
     pthread_mutex_lock(&store->mutex);
@@ -315,12 +372,13 @@ void host_store_destroy(struct host_store *store) {
         struct adapter *adapter = store->oldest;
         void *image = account_remove(store, adapter);
         if (store->ops->host_destroy) {
-            image_free(store, image);
+            image_destroy(store, image);
         } else {
             adapter->image = image;
             atomic_store(&adapter->tier, ADAPTER_IN_HOST);
         }
     }
+    while (store->spare_count > 0) image_destroy(store, store->spare[--store->spare_count].image);
     pthread_mutex_destroy(&store->mutex);
     pthread_cond_destroy(&store->work);
     free(store->threads);
@@ -351,8 +409,8 @@ void host_store_forget(struct adapter *adapter) {
     if (!store) return;
     pthread_mutex_lock(&store->mutex);
     void *image = atomic_load(&adapter->store) ? account_remove(store, adapter) : NULL;
+    if (image) image_free(store, image, adapter->image_bytes);
     pthread_mutex_unlock(&store->mutex);
-    if (image) image_free(store, image);
 }
 
 // ------------------------------------------------------------------ the engine's calls
@@ -415,8 +473,12 @@ int host_store_poll(struct host_store *store, struct host_event *events, int max
     return count;
 }
 
-void host_store_set_busy(struct host_store *store, bool busy) {
-    atomic_store(&store->busy, busy);
+void host_store_set_pace(struct host_store *store, enum host_pace pace) {
+    if (atomic_exchange(&store->pace, pace) != (int)pace && pace == HOST_IDLE) { // time for digests
+        pthread_mutex_lock(&store->mutex);
+        if (store->undigested > 0) pthread_cond_signal(&store->work);
+        pthread_mutex_unlock(&store->mutex);
+    }
 }
 
 struct host_store_counts host_store_counts(struct host_store *store) {

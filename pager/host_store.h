@@ -8,7 +8,8 @@
 // The engine says each step which images are wanted, most urgent first; what it no longer says and
 // no loader has begun is forgotten. Copies into pages go before reads, in the order they were asked
 // for. On a backend that computes on the host's own processor the loaders work in slices of about
-// 0.2 ms and rest in between while a step is being computed, so that steps stay as long as they are.
+// 0.1 ms and rest in between as long as nobody waits for what they bring, so that steps stay as long
+// as they are.
 #ifndef LORAD_PAGER_HOST_STORE_H
 #define LORAD_PAGER_HOST_STORE_H
 
@@ -17,6 +18,7 @@
 struct host_store;
 struct host_store_options {
     size_t bytes_max;
+    double paced_share; // of one core, above 0; see host_store_set_pace
     int threads; // 0: everything happens inside the calls below, for tests
     void (*wake)(void *context); // by a loader: an event waits, or a wanted image has come
     void *wake_context;
@@ -51,8 +53,13 @@ struct host_event {
     char text[160];
 };
 int host_store_poll(struct host_store *store, struct host_event *events, int max);
-// Engine thread: a step begins or ends.
-void host_store_set_busy(struct host_store *store, bool busy);
+// Engine thread: what else there is to do.
+enum host_pace {
+    HOST_IDLE,   // nothing is computed: digests are, too
+    HOST_PACED,  // steps are computed, and nobody waits for an adapter: loaders keep to paced_share
+    HOST_URGENT, // somebody does
+};
+void host_store_set_pace(struct host_store *store, enum host_pace pace);
 
 struct host_store_counts {
     size_t bytes_used, bytes_max;

@@ -20,6 +20,7 @@
 enum { RETRY_AFTER_MAX_S = 600 };
 // An idle engine still looks now and then for unloaded adapters whose pages it can free.
 static const double IDLE_WAKE_S = 0.5;
+static const double LOAD_SHARE_DEFAULT = 0.08;
 
 double engine_now_s(void) {
     struct timespec now;
@@ -67,6 +68,9 @@ static enum status create_host_store(struct engine *engine, struct error *err) {
     size_t bytes = engine->options.host_bytes;
     engine->geometry.host_bytes_max = bytes;
     struct host_store_options options = {.bytes_max = bytes ? bytes : SIZE_MAX / 2,
+                                         .paced_share = engine->options.load_share > 0
+                                                            ? engine->options.load_share
+                                                            : LOAD_SHARE_DEFAULT,
                                          .threads = engine->options.load_threads,
                                          .wake = wake_engine,
                                          .wake_context = engine};

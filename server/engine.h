@@ -31,6 +31,7 @@ struct engine_options {
     int clusters_max;       // adapters in use at once, as far as order allows; 0: no limit
     size_t host_bytes;      // of adapters' images in host memory; 0: no limit
     int load_threads;       // that read and copy adapters; 0: the engine does, between steps
+    double load_share;      // host_store.h: paced_share; 0: the default
     bool prefix_cache;      // equal prefixes within a tenant and adapter share pages
     enum eviction_policy eviction;
     int preempt_every;      // tests: force a preemption every n steps; 0 = never

@@ -205,6 +205,7 @@ void engine_move_adapters(struct engine *engine, double now_s) {
     struct sched_item *cold[COLD_WINDOW];
     int count = tenants_window(engine->tenants, true, cold, COLD_WINDOW);
     engine->passed_over = NULL;
+    engine->cold_count = count;
     struct placer placer = {.engine = engine};
     if (count + engine->hint_count > 0) {
         choose_holder(engine, cold, count);

@@ -73,6 +73,7 @@ struct engine {
     struct sequence *holder;       // engine_adapters.c; NULL mostly
     struct sequence *passed_over;  // in this step: the first cold one that found no pages
     int reserved_pages;            // for the holder
+    int cold_count;                // who waits for adapters, as far as looked at
     // Invariant 4 of the server: who fills each page, so that no token is ever computed with
     // another sequence's KV or another adapter generation's weights. See page_tag_*.
     uint64_t *page_tags; // [page_count]

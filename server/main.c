@@ -141,6 +141,7 @@ static enum status create_engine(struct program *p, struct error *err) {
                                      .first_token_slo_s = o->first_token_slo_ms / 1000.0,
                                      .clusters_max = o->cluster_adapters,
                                      .load_threads = o->load_threads,
+                                     .load_share = o->load_share / 100.0,
                                      .prefix_cache = o->prefix_cache,
                                      .tenant_weights = o->tenant_weights,
                                      .tenant_weight_count = o->tenant_weight_count,

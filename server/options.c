@@ -53,6 +53,10 @@ static const struct option table[] = {
      KIND_SIZE, AT(host_bytes), 0, 0},
     {"load-threads", "N", "2", "threads that read adapters and copy them into the pool", KIND_INT,
      AT(load_threads), 1, 64},
+    {"load-share", "PERCENT", "8",
+     "of one core: what those threads take for adapters that nobody waits for (prefetched\n"
+     "ones) while steps are computed on the CPU",
+     KIND_INT, AT(load_share), 1, 6400},
     {"prefix-cache", "0|1", "1",
      "1 keeps computed prompts, so that requests of the same tenant and adapter with an equal\n"
      "prefix do not compute it again (as far as the pool has room)",

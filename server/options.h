@@ -23,7 +23,7 @@ struct options {
     int port, threads, max_seqs, max_step_tokens, max_model_len, max_queue, seed, preempt_every;
     size_t pool_bytes; // 0: a quarter of free memory
     size_t host_bytes; // 0: a quarter of free memory, too
-    int load_threads, prefix_cache; // prefix_cache: 0 or 1
+    int load_threads, load_share, prefix_cache; // prefix_cache: 0 or 1
     int drain_s, first_token_slo_ms, cluster_adapters;
     bool host_given, help;
 };

@@ -12,9 +12,13 @@
 #include "base/memory.h"
 #include "base/verify.h"
 
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 
 // ------------------------------------------------------------------ memory
 
@@ -29,14 +33,62 @@ void *cpu_memory(size_t bytes) {
     return memset(memory, 0, rounded);
 }
 
+// A large block is mapped, so that it is zero without being written, and a thread of its own makes
+// its pages present from the first to the last: serving need not wait for gigabytes, and steps
+// seldom meet a page that is not there yet.
+struct large {
+    struct large *next;
+    void *memory;
+    size_t bytes;
+    pthread_t thread;
+    bool has_thread;
+    _Atomic bool stop;
+};
+enum { LARGE_BYTES = 64 << 20, POPULATE_BYTES = 8 << 20 };
+
+static void *populate(void *argument) {
+    struct large *large = argument;
+    (void)setpriority(PRIO_PROCESS, 0, 19); // of this thread alone, on Linux
+    for (size_t at = 0; at < large->bytes && !atomic_load(&large->stop); at += POPULATE_BYTES) {
+        size_t left = large->bytes - at;
+        // A hint: kernels before 5.14 refuse it, and pages then come when they are touched.
+        if (madvise((char *)large->memory + at, left < POPULATE_BYTES ? left : POPULATE_BYTES,
+                    MADV_POPULATE_WRITE) != 0)
+            break;
+    }
+    return NULL;
+}
+
 static void *cpu_memory_create(struct backend *b, size_t bytes) {
-    (void)b;
-    return cpu_memory(bytes);
+    if (bytes < LARGE_BYTES) return cpu_memory(bytes);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return NULL;
+    (void)madvise(memory, bytes, MADV_HUGEPAGE); // a hint
+    struct large *large = mem_zalloc(1, sizeof *large);
+    large->memory = memory;
+    large->bytes = bytes;
+    large->next = b->large;
+    b->large = large;
+    sigset_t all, before; // signals go to the thread that expects them
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    large->has_thread = pthread_create(&large->thread, NULL, populate, large) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return memory;
 }
 
 static void cpu_memory_destroy(struct backend *b, void *memory) {
-    (void)b;
-    free(memory);
+    struct large **link = &b->large, *large;
+    while ((large = *link) && large->memory != memory) link = &large->next;
+    if (!large) {
+        free(memory);
+        return;
+    }
+    *link = large->next;
+    atomic_store(&large->stop, true);
+    if (large->has_thread) pthread_join(large->thread, NULL);
+    munmap(large->memory, large->bytes);
+    free(large);
 }
 
 static void cpu_copy(struct backend *b, void *to, const void *from, size_t bytes) {

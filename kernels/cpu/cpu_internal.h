@@ -28,6 +28,7 @@ struct backend {
         size_t bytes;
     } scratch[SCRATCH_COUNT];
     size_t thread_scratch_bytes;
+    struct large *large;       // mapped blocks (cpu_backend.c)
     struct dnnl_context *dnnl; // NULL: linear runs on our own tiles
 };
 

@@ -81,7 +81,7 @@ def test_put(dummy):
     status, replaced = dummy.request("PUT", path, other)
     assert status == 200 and replaced["generation"] > made["generation"]
     assert dummy.tokens(model="put", prompt=[1, 2]) != first
-    for body in ({}, {"path": ""}, {"path": 1}, {**source, "pinned": True},
+    for body in ({}, {"path": ""}, {"path": 1}, {**source, "pinned": 1},
                  {**source, "dry_run": "yes"}, {"path": "dummy:rank=0"}):
         assert dummy.request("PUT", path, body)[0] == 400, body
     assert dummy.request("PUT", "/v1/adapters/dummy", source)[0] == 400  # the base model's name
