@@ -107,6 +107,7 @@ void adapter_dummy_fill(const struct lora_geometry *geometry, const struct adapt
     size_t rank = (size_t)dummy->rank;
     for (int layer = 0; layer < geometry->layers; layer++)
         for (int module = 0; module < modules(dummy); module++) {
+            adapter_image_clear(geometry, adapter, image, layer, module, false);
             size_t in = (size_t)geometry->in[module], out = (size_t)geometry->out[module];
             fill_uniform(adapter_image_at(geometry, adapter, image, layer,
                                           adapter->a_offset[module]),

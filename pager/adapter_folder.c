@@ -184,6 +184,8 @@ enum status adapter_files_read(const struct lora_geometry *geometry, const struc
     for (int i = 0; status == STATUS_OK && i < geometry->layers * LORA_MODULES; i++) {
         int layer = i / LORA_MODULES, module = i % LORA_MODULES;
         const struct adapter_pair *pair = &files->pairs[i];
+        bool narrow = !pair->a || files->plan.entry[i].rank < adapter->rank[module];
+        adapter_image_clear(geometry, adapter, image, layer, module, narrow);
         if (!pair->a) continue;
         status = read_matrix(&reader, pair->a, adapter_image_at(geometry, adapter, image, layer,
                                                                 adapter->a_offset[module]),

@@ -5,6 +5,8 @@
 
 #include "pager/adapter.h"
 
+#include <string.h>
+
 #define ADAPTER_WEIGHTS "adapter_model.safetensors"
 
 // "self_attn.q_proj" and so on, by enum lora_module.
@@ -74,6 +76,22 @@ static inline char *adapter_image_at(const struct lora_geometry *geometry,
                                      int64_t offset) {
     size_t element = (size_t)layer * adapter->layer_elems + (size_t)offset;
     return (char *)image + element * dtype_bytes(geometry->dtype);
+}
+
+// Zeroes the matrices of one module of one layer, or, when both are about to be filled whole, only
+// what lies between them and their successors.
+static inline void adapter_image_clear(const struct lora_geometry *geometry,
+                                       const struct adapter *adapter, void *image, int layer,
+                                       int module, bool whole) {
+    int64_t rank = adapter->rank[module], a = adapter->a_offset[module];
+    int64_t b = adapter->b_offset[module], end = (int64_t)adapter->layer_elems;
+    if (module + 1 < LORA_MODULES) end = adapter->a_offset[module + 1];
+    int64_t a_end = whole ? a : a + rank * geometry->in[module];
+    int64_t b_end = whole ? b : b + rank * geometry->out[module];
+    size_t bytes = dtype_bytes(geometry->dtype);
+    memset(adapter_image_at(geometry, adapter, image, layer, a_end), 0, (size_t)(b - a_end) * bytes);
+    memset(adapter_image_at(geometry, adapter, image, layer, b_end), 0,
+           (size_t)(end - b_end) * bytes);
 }
 
 #endif

@@ -199,12 +199,6 @@ void adapter_digest(struct adapter *adapter, const void *image, const struct ada
 // same one and unchanged, so are its bytes.
 enum status adapter_read(const struct lora_geometry *geometry, struct adapter *adapter, void *image,
                          const struct adapter_pause *pause, struct error *err) {
-    enum { PIECE_BYTES = 256 << 10 }; // ranks smaller than the module's leave zeros
-    for (size_t at = 0; at < adapter->image_bytes; at += PIECE_BYTES) {
-        size_t left = adapter->image_bytes - at;
-        memset((char *)image + at, 0, left < PIECE_BYTES ? left : PIECE_BYTES);
-        adapter_pause(pause);
-    }
     struct adapter_stamp stamp;
     enum status status = adapter_stamp_now(adapter->root, adapter->path, &stamp, err);
     if (status != STATUS_OK) return status;

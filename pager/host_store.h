@@ -8,8 +8,8 @@
 // The engine says each step which images are wanted, most urgent first; what it no longer says and
 // no loader has begun is forgotten. Copies into pages go before reads, in the order they were asked
 // for. On a backend that computes on the host's own processor the loaders work in slices of about
-// 0.1 ms and rest in between as long as nobody waits for what they bring, so that steps stay as long
-// as they are.
+// 0.1 ms and rest in between, so that steps stay as long as they are, unless the steps lack those who
+// wait for what the loaders bring.
 #ifndef LORAD_PAGER_HOST_STORE_H
 #define LORAD_PAGER_HOST_STORE_H
 
@@ -56,8 +56,8 @@ int host_store_poll(struct host_store *store, struct host_event *events, int max
 // Engine thread: what else there is to do.
 enum host_pace {
     HOST_IDLE,   // nothing is computed: digests are, too
-    HOST_PACED,  // steps are computed, and nobody waits for an adapter: loaders keep to paced_share
-    HOST_URGENT, // somebody does
+    HOST_PACED,  // steps are computed: loaders keep to paced_share
+    HOST_URGENT, // steps are computed, but more wait for adapters than run: loaders do not rest
 };
 void host_store_set_pace(struct host_store *store, enum host_pace pace);
 

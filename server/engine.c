@@ -20,7 +20,7 @@
 enum { RETRY_AFTER_MAX_S = 600 };
 // An idle engine still looks now and then for unloaded adapters whose pages it can free.
 static const double IDLE_WAKE_S = 0.5;
-static const double LOAD_SHARE_DEFAULT = 0.08;
+static const double LOAD_SHARE_DEFAULT = 0.1;
 
 double engine_now_s(void) {
     struct timespec now;

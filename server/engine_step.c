@@ -326,9 +326,10 @@ bool engine_step(struct engine *engine) {
     plan(engine);
     admit(engine, now_s);
     bool works = engine->running_count > 0;
-    host_store_set_pace(engine->host_store, !works                  ? HOST_IDLE
-                                            : engine->cold_count > 0 ? HOST_URGENT
-                                                                     : HOST_PACED);
+    bool urgent = engine->cold_count > engine->running_count;
+    host_store_set_pace(engine->host_store, !works   ? HOST_IDLE
+                                            : urgent ? HOST_URGENT
+                                                     : HOST_PACED);
     if (works) {
         find_pages(engine, now_s);
         compute(engine);

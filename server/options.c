@@ -53,9 +53,10 @@ static const struct option table[] = {
      KIND_SIZE, AT(host_bytes), 0, 0},
     {"load-threads", "N", "2", "threads that read adapters and copy them into the pool", KIND_INT,
      AT(load_threads), 1, 64},
-    {"load-share", "PERCENT", "8",
-     "of one core: what those threads take for adapters that nobody waits for (prefetched\n"
-     "ones) while steps are computed on the CPU",
+    {"load-share", "PERCENT", "10",
+     "of one core: what those threads take together while steps are computed on the CPU, so\n"
+     "that others' tokens keep coming; when more requests wait for adapters than run, they\n"
+     "take what they need",
      KIND_INT, AT(load_share), 1, 6400},
     {"prefix-cache", "0|1", "1",
      "1 keeps computed prompts, so that requests of the same tenant and adapter with an equal\n"
