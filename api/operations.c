@@ -127,6 +127,8 @@ void handle_metrics(struct connection *c, const struct http_request *r, const ch
         {"lorad_host_images", "gauge", (uint64_t)atomic_load(&m->host_images)},
         {"lorad_host_bytes", "gauge", atomic_load(&m->host_bytes)},
         {"lorad_step_adapter_bytes_total", "counter", atomic_load(&m->step_adapter_bytes)},
+        {"lorad_swaps_total", "counter", atomic_load(&m->swaps)},
+        {"lorad_swapped_bytes_total", "counter", atomic_load(&m->swapped_bytes)},
         {"lorad_early_aborts_total", "counter", atomic_load(&m->early_aborts)},
         {"vllm:prefix_cache_queries_total", "counter", atomic_load(&m->prefix_queries)},
         {"vllm:prefix_cache_hits_total", "counter", atomic_load(&m->prefix_hits)},

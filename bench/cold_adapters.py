@@ -12,9 +12,9 @@ projections). Both are asked the same requests, over 5 and over all 10,000 by a 
             at a rate below saturation, and eight at a time
   thrash    a pool and host memory of a tenth of what is asked for: most requests bring an adapter
             from disk; compared with what its bytes take
-  calm      the gaps between the tokens of one long stream on a resident adapter: alone; while 100
-            adapters that nobody has used are prefetched; while 100 requests on resident adapters
-            come in; while 100 requests on cold ones do
+  calm      the gaps between the tokens of a stream on a resident adapter: alone; while 100 adapters
+            that nobody has used are prefetched; while 100 short requests on resident adapters come
+            in, four a second; while 100 on cold ones do
 """
 import argparse
 import datetime
@@ -175,19 +175,20 @@ def thrash(bench, few, many, rounds):
     return {"runs": runs, "ratio": ratio}
 
 
-def gaps(moments, until=None):
-    inside = [m for m in moments if until is None or m <= until]
-    values = sorted(b - a for a, b in zip(inside, inside[1:]))
+def gaps(streams, until=float("inf")):
+    values = sorted(b - a for moments in streams for a, b in zip(moments, moments[1:])
+                    if b <= until)
     return {"count": len(values), "p50_s": values[len(values) // 2],
             "p99_s": values[int(len(values) * 0.99)], "max_s": values[-1]}
 
 
-def beside(server, resident, work, tokens):
-    """The stream's gaps while work() runs; it is asked for enough tokens to outlast it."""
-    done = []
+def beside(server, resident, work):
+    """A stream's gaps while work() runs; another stream follows as long as it does."""
+    done, moments = [], []
     thread = threading.Thread(target=lambda: (time.sleep(0.2), work(), done.append(time.monotonic())))
     thread.start()
-    moments = server.stream(resident, tokens)
+    while not done:
+        moments.append(server.stream(resident, 1900))
     thread.join()
     return gaps(moments, done[0])
 
@@ -203,7 +204,7 @@ def calm(server, names, rounds):
     def requests(pick):
         threads = []
         for _ in range(100):
-            time.sleep(pause.expovariate(10))
+            time.sleep(pause.expovariate(4))
             threads.append(threading.Thread(target=server.stream, args=(pick(), 2, 16)))
             threads[-1].start()
         for thread in threads:
@@ -219,13 +220,11 @@ def calm(server, names, rounds):
 
     runs = []
     for _ in range(rounds):
-        run = {"alone": gaps(server.stream(resident[0], 1500)),
-               "prefetch": beside(server, resident[0], prefetch, 1900),
+        run = {"alone": gaps([server.stream(resident[0], 1900)]),
+               "prefetch": beside(server, resident[0], prefetch),
                "resident_requests": beside(server, resident[0],
-                                           lambda: requests(lambda: pause.choice(resident[1:])),
-                                           1900),
-               "cold_requests": beside(server, resident[0], lambda: requests(lambda: next(cold)),
-                                       1900)}
+                                           lambda: requests(lambda: pause.choice(resident[1:]))),
+               "cold_requests": beside(server, resident[0], lambda: requests(lambda: next(cold)))}
         runs.append(run)
         print({k: {a: round(b * 1e3, 2) if a != "count" else b for a, b in v.items()}
                for k, v in run.items()}, flush=True)

@@ -110,6 +110,10 @@ struct backend_ops {
     void (*pool_write)(struct backend *b, int layer, const int32_t *pages, const void *image,
                        size_t elems);
     void (*pool_written)(struct backend *b);
+    // The engine's own copy between pages of one layer and host memory, in order with what else is
+    // queued; host memory is valid, or free to change, after synchronize.
+    void (*pool_copy)(struct backend *b, int layer, const int32_t *pages, void *image,
+                      size_t elems, bool to_host);
 
     // Packs `out` x `in` weights of type `dtype` (host memory, borrowed for the call).
     MUST_CHECK enum status (*linear_create)(struct backend *b, const void *weights,

@@ -473,6 +473,21 @@ int host_store_poll(struct host_store *store, struct host_event *events, int max
     return count;
 }
 
+bool host_store_reserve(struct host_store *store, size_t bytes) {
+    pthread_mutex_lock(&store->mutex);
+    bool reserved = reserve(store, bytes);
+    pthread_mutex_unlock(&store->mutex);
+    return reserved;
+}
+
+void host_store_release(struct host_store *store, size_t bytes) {
+    pthread_mutex_lock(&store->mutex);
+    VERIFY_OP(store->counts.bytes_used, >=, bytes);
+    store->counts.bytes_used -= bytes;
+    something_to_do(store); // a read may have waited for the room
+    pthread_mutex_unlock(&store->mutex);
+}
+
 void host_store_set_pace(struct host_store *store, enum host_pace pace) {
     if (atomic_exchange(&store->pace, pace) != (int)pace && pace == HOST_IDLE) { // time for digests
         pthread_mutex_lock(&store->mutex);

@@ -53,11 +53,14 @@ struct host_event {
     char text[160];
 };
 int host_store_poll(struct host_store *store, struct host_event *events, int max);
+// Engine thread: room in the account for something else than an image; false: there is none.
+bool host_store_reserve(struct host_store *store, size_t bytes);
+void host_store_release(struct host_store *store, size_t bytes);
 // Engine thread: what else there is to do.
 enum host_pace {
     HOST_IDLE,   // nothing is computed: digests are, too
     HOST_PACED,  // steps are computed: loaders keep to paced_share
-    HOST_URGENT, // steps are computed, but more wait for adapters than run: loaders do not rest
+    HOST_URGENT, // steps are computed, but for too few: loaders do not rest
 };
 void host_store_set_pace(struct host_store *store, enum host_pace pace);
 

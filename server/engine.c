@@ -180,6 +180,7 @@ static void abandon_all(struct engine *engine) {
                                                         : engine->waiting_list[0];
         sequence = sequence_of(item);
         engine_release(engine, sequence, now);
+        engine_swap_drop(engine, sequence);
         tenants_leave(engine->tenants, sequence->item.tenant);
         sequence_end(sequence);
         sequence_destroy(sequence);

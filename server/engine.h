@@ -19,6 +19,10 @@
 
 struct engine;
 
+// How a preempted sequence goes on: what it had computed is kept in host memory, or computed again,
+// or whichever is faster.
+enum engine_preemption { PREEMPTION_AUTO, PREEMPTION_SWAP, PREEMPTION_RECOMPUTE };
+
 struct engine_options {
     int sequences_max;      // running at once
     int step_tokens_max;    // tokens in a step
@@ -34,6 +38,7 @@ struct engine_options {
     double load_share;      // host_store.h: paced_share; 0: the default
     bool prefix_cache;      // equal prefixes within a tenant and adapter share pages
     enum eviction_policy eviction;
+    enum engine_preemption preemption;
     int preempt_every;      // tests: force a preemption every n steps; 0 = never
     void (*wake)(void *context);
     void *wake_context;

@@ -4,6 +4,7 @@
 //   engine_step.c    one step: who runs, with which pages and adapters
 //   engine_adapters.c  adapters on their way to the device, before a step
 //   engine_ends.c    who must end now, and who cannot be in time
+//   engine_swap.c    what a preempted sequence keeps
 //   engine_batch.c   the planned sequences as one struct model_step
 //   engine_output.c  rows of logits -> tokens -> events; the end of a request
 #ifndef LORAD_SERVER_ENGINE_INTERNAL_H
@@ -89,6 +90,10 @@ struct engine {
     struct engine_batch batch;
     struct engine_event *step_events; // [step_events_max] of the step being made
     int step_event_count, step_events_max;
+    struct {
+        double token_s;          // of a prompt's token
+        double swap_bytes_per_s; // between pages and host memory
+    } rates; // 0: not measured yet
     double waiting_deadline_s; // earliest of those that wait; INFINITY = none
     double first_s;            // the last first token; 0 after a moment in which nobody waited
     double finish_s;           // the last request's end; 0 after an idle moment
@@ -119,6 +124,13 @@ int engine_fixed_pages(const struct engine *engine); // that no sequence has to 
 void engine_end_due(struct engine *engine, bool cancels, double now_s);
 // How long a request with `ahead` others before it waits for its first token; 0: unknown.
 double engine_first_token_wait_s(const struct engine *engine, int ahead);
+
+// engine_swap.c
+void engine_learn_step(struct engine *engine, double step_s, int tokens, int rows);
+void engine_learn_copies(struct engine *engine, const struct host_store_counts *counts);
+void engine_swap_out(struct engine *engine, struct sequence *sequence);
+void engine_swap_in(struct engine *engine, struct sequence *sequence);
+void engine_swap_drop(struct engine *engine, struct sequence *sequence);
 
 // engine_adapters.c
 void engine_move_adapters(struct engine *engine, double now_s);

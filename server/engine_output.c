@@ -70,6 +70,7 @@ static void end_sequence(struct engine *engine, struct sequence *sequence,
     VERIFY_OP(finish, !=, FINISH_NONE);
     event->finish = finish;
     engine_release(engine, sequence, now_s);
+    engine_swap_drop(engine, sequence);
     tenants_leave(engine->tenants, sequence->item.tenant);
     sequence_end(sequence);
     count_end(engine, sequence, event, now_s);
@@ -282,6 +283,7 @@ static void update_residency(struct engine *engine) {
     atomic_fetch_add(&metrics->adapter_bytes_moved, now.bytes_moved - seen->bytes_moved);
     *seen = now;
     struct host_store_counts host = host_store_counts(engine->host_store);
+    engine_learn_copies(engine, &host);
     atomic_store(&metrics->host_images, host.images);
     atomic_store(&metrics->host_bytes, host.bytes_used);
     atomic_store(&metrics->host_reads, host.reads);

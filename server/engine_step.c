@@ -99,6 +99,7 @@ void engine_release(struct engine *engine, struct sequence *sequence, double now
 }
 
 static void preempt(struct engine *engine, struct sequence *sequence, double now_s) {
+    engine_swap_out(engine, sequence);
     engine_release(engine, sequence, now_s);
     sequence_preempt(sequence);
     wait_insert(engine, sequence);
@@ -143,6 +144,8 @@ int engine_fixed_pages(const struct engine *engine) {
 // prompt, so that it is not asked for in every step.
 static void peek(struct engine *engine, struct sequence *sequence) {
     enum { PEEK_STEPS = 16 };
+    if (sequence->swap) sequence->item.tokens_hit = sequence->swap_tokens;
+    if (sequence->swap) return;
     if (!engine->prefix || sequence->item.rows_all ||
         (sequence->peek_step > 0 && engine->step < sequence->peek_step + PEEK_STEPS))
         return;
@@ -172,10 +175,20 @@ static void tag_pages(struct engine *engine, const int32_t *pages, int count, ui
     for (int i = 0; i < count; i++) engine->page_tags[pages[i]] = tag;
 }
 
+static void cut_plan(struct sched_item *item) {
+    int left = item->tokens_total - item->tokens_cached;
+    if (item->planned > left) item->planned = left;
+}
+
 // Before its first token is computed: what the prefix cache has of it.
 static void match_prefix(struct engine *engine, struct sequence *sequence) {
     struct sched_item *item = &sequence->item;
     item->tokens_hit = 0;
+    if (sequence->swap) { // find_pages fills its pages with it
+        item->tokens_cached = sequence->swap_tokens;
+        cut_plan(item);
+        return;
+    }
     if (!engine->prefix || item->rows_all) return;
     int count = prefix_match(engine->prefix, &sequence->scope, sequence->tokens,
                              item->tokens_total, sequence->pages);
@@ -183,8 +196,7 @@ static void match_prefix(struct engine *engine, struct sequence *sequence) {
         VERIFY_OP(engine->page_tags[sequence->pages[i]], ==, page_tag_shared(sequence));
     sequence->page_count = sequence->shared_count = count;
     item->tokens_cached = item->tokens_shared = count * PAGE_TOKENS;
-    if (item->planned > item->tokens_total - item->tokens_cached)
-        item->planned = item->tokens_total - item->tokens_cached;
+    cut_plan(item);
     atomic_fetch_add(&engine->metrics->prefix_queries, (uint64_t)item->tokens_total);
     atomic_fetch_add(&engine->metrics->prefix_hits, (uint64_t)item->tokens_cached);
     if (!sequence->started) sequence->hit_tokens = item->tokens_cached;
@@ -242,6 +254,7 @@ static void find_pages(struct engine *engine, double now_s) {
     for (int i = 0; i < engine->running_count;) {
         struct sequence *sequence = sequence_of(engine->running[i]);
         if (sequence->item.planned == 0 || take_pages(engine, sequence)) {
+            if (sequence->swap && sequence->page_count > 0) engine_swap_in(engine, sequence);
             i++;
             continue;
         }
@@ -271,6 +284,7 @@ static void compute(struct engine *engine) {
         engine_end_due(engine, true, after);
         return;
     }
+    engine_learn_step(engine, after - before, batch->step.token_count, batch->step.logit_count);
     engine_take_rows(engine, logits, after);
     engine_update_metrics(engine, after - before);
 }
@@ -326,7 +340,8 @@ bool engine_step(struct engine *engine) {
     plan(engine);
     admit(engine, now_s);
     bool works = engine->running_count > 0;
-    bool urgent = engine->cold_count > engine->running_count;
+    // One or two who wait are worth no late tokens of others; when more do, steps run half empty.
+    bool urgent = engine->cold_count > 2 && 2 * engine->cold_count > engine->running_count;
     host_store_set_pace(engine->host_store, !works   ? HOST_IDLE
                                             : urgent ? HOST_URGENT
                                                      : HOST_PACED);

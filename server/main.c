@@ -140,6 +140,11 @@ static enum status create_engine(struct program *p, struct error *err) {
                                                                  : free_memory_bytes() / 4,
                                      .first_token_slo_s = o->first_token_slo_ms / 1000.0,
                                      .clusters_max = o->cluster_adapters,
+                                     .preemption = strcmp(o->preemption, "swap") == 0
+                                                       ? PREEMPTION_SWAP
+                                                   : strcmp(o->preemption, "recompute") == 0
+                                                       ? PREEMPTION_RECOMPUTE
+                                                       : PREEMPTION_AUTO,
                                      .load_threads = o->load_threads,
                                      .load_share = o->load_share / 100.0,
                                      .prefix_cache = o->prefix_cache,

@@ -55,8 +55,8 @@ static const struct option table[] = {
      AT(load_threads), 1, 64},
     {"load-share", "PERCENT", "10",
      "of one core: what those threads take together while steps are computed on the CPU, so\n"
-     "that others' tokens keep coming; when more requests wait for adapters than run, they\n"
-     "take what they need",
+     "that others' tokens keep coming; when many requests wait for adapters beside those\n"
+     "that run, they take what they need",
      KIND_INT, AT(load_share), 1, 6400},
     {"prefix-cache", "0|1", "1",
      "1 keeps computed prompts, so that requests of the same tenant and adapter with an equal\n"
@@ -69,6 +69,10 @@ static const struct option table[] = {
      AT(max_model_len), 0, INT_MAX},
     {"max-queue", "N", "1024", "requests that wait; more are answered with 429", KIND_INT,
      AT(max_queue), 1, 1 << 20},
+    {"preemption", "HOW", "auto",
+     "when pages run short, the newest sequence waits again: swap keeps what it had computed\n"
+     "in host memory, recompute does not, auto does what was measured to be faster",
+     KIND_TEXT, AT(preemption), 0, 0},
     {"first-token-slo-ms", "N", "0",
      "refuse (429, with Retry-After) who would wait longer than this for a first token, instead\n"
      "of serving everybody late; 0 lets all wait",
@@ -195,6 +199,8 @@ static enum status check(const struct options *o, struct error *err) {
     if (!one_of(o->dtype, (const char *const[]){"auto", "f32", "bf16", NULL}))
         return error_set(err, STATUS_INVALID, "--dtype is auto, f32 or bf16 (f16 weights are "
                          "converted)");
+    if (!one_of(o->preemption, (const char *const[]){"auto", "swap", "recompute", NULL}))
+        return error_set(err, STATUS_INVALID, "--preemption is auto, swap or recompute");
     if (!one_of(o->load_format, (const char *const[]){"auto", "dummy", NULL}))
         return error_set(err, STATUS_INVALID, "--load-format is auto or dummy");
     if (!one_of(o->log_format, (const char *const[]){"text", "json", NULL}))

@@ -99,6 +99,7 @@ void sequence_destroy(struct sequence *sequence) {
     VERIFY(sequence->state == SEQUENCE_ENDED ||
            (sequence->state == SEQUENCE_WAITING && !sequence->started));
     VERIFY(sequence->request->sequence == sequence);
+    VERIFY(!sequence->swap);
     sequence->request->sequence = NULL;
     if (sequence->detokenizer) detokenizer_destroy(sequence->detokenizer);
     stop_match_deinit(&sequence->stop);
@@ -120,7 +121,7 @@ void sequence_assert_state(const struct sequence *sequence) {
         return;
     case SEQUENCE_RUNNING:
         VERIFY_OP(item->tokens_cached, <=, item->tokens_total);
-        VERIFY_OP(sequence->page_count, >=, sched_pages(item->tokens_cached));
+        VERIFY(sequence->swap || sequence->page_count >= sched_pages(item->tokens_cached));
         VERIFY_OP(sequence->shared_count * PAGE_TOKENS, <=, item->tokens_cached);
         VERIFY_OP(item->tokens_hit, ==, 0);
         VERIFY_OP(sequence->held_adapters, ==, 0);

@@ -38,6 +38,8 @@ struct sequence {
     uint64_t scope_tag;        // a part of it, for page tags
     int hit_tokens;            // of its prompt, found in the prefix cache when it first started
     uint64_t peek_step;        // when item.tokens_hit was last looked up
+    void *swap;                // its KV in host memory (engine_swap.c), or NULL
+    int swap_tokens;           // of how many tokens
     uint8_t held_adapters;     // WAITING: its adapters that it keeps, by bits (engine_adapters.c)
     int echoed; // prompt tokens that have had their event; the first has none
 

@@ -32,6 +32,7 @@ static const char help_text[] =
     "  --step-tokens N    lorad: tokens in a step [2048]\n"
     "  --load WAY         async (copied beside the steps) or blocking [async; slora: blocking]\n"
     "  --prefetch N       lorad: waiting requests whose adapters are copied ahead [0]\n"
+    "  --eviction NAME    lorad: which idle adapters go first, cost or lru [cost]\n"
     "  --discard          lorad: drop idle adapters after each step, as S-LoRA does\n"
     "  --preempt-every N  lorad: preempt the newest every N steps [0: only when pages are short]\n"
     "  --slo S            first token within [6]\n"
@@ -39,6 +40,7 @@ static const char help_text[] =
     "  --json FILE --csv FILE --svg FILE    the result; pages by owner over time\n"
     "  --check            walk every page in every step\n"
     "  --reproduce slora  S-LoRA's published rows: published, simulated, and our policy\n"
+    "  --compare eviction ours, LRU and discarding, over several traces\n"
     "  --fit              search the fitted constants again (half a minute)\n"
     "  --help\n";
 
@@ -47,7 +49,8 @@ enum {
     OPT_LOAD_LAYER, OPT_LORA_READS, OPT_POLICY, OPT_ADAPTERS, OPT_RANKS, OPT_MODULES, OPT_RATE,
     OPT_GENERATOR, OPT_CV, OPT_ALPHA, OPT_DURATION, OPT_SEED, OPT_INPUT, OPT_OUTPUT, OPT_POOL,
     OPT_SEQS, OPT_STEP_TOKENS, OPT_LOAD, OPT_PREFETCH, OPT_DISCARD, OPT_PREEMPT, OPT_SLO, OPT_ABORT,
-    OPT_JSON, OPT_CSV, OPT_SVG, OPT_CHECK, OPT_REPRODUCE, OPT_FIT, OPT_HELP
+    OPT_JSON, OPT_CSV, OPT_SVG, OPT_CHECK, OPT_REPRODUCE, OPT_FIT, OPT_HELP,
+    OPT_EVICTION, OPT_COMPARE
 };
 
 static const struct option longs[] = {
@@ -66,13 +69,14 @@ static const struct option longs[] = {
     {"preempt-every", 1, NULL, OPT_PREEMPT}, {"slo", 1, NULL, OPT_SLO},
     {"early-abort", 0, NULL, OPT_ABORT}, {"json", 1, NULL, OPT_JSON},
     {"csv", 1, NULL, OPT_CSV}, {"svg", 1, NULL, OPT_SVG}, {"check", 0, NULL, OPT_CHECK},
+    {"eviction", 1, NULL, OPT_EVICTION}, {"compare", 1, NULL, OPT_COMPARE},
     {"reproduce", 1, NULL, OPT_REPRODUCE}, {"fit", 0, NULL, OPT_FIT}, {"help", 0, NULL, OPT_HELP},
     {NULL, 0, NULL, 0}};
 
 struct command {
     struct sim_options sim;
     const char *json, *csv, *svg;
-    bool reproduce, fit, help, load_given;
+    bool reproduce, compare, fit, help, load_given;
 };
 
 static bool parse_int(const char *text, long min, long max, int *value) {
@@ -150,7 +154,7 @@ static bool apply_trace(struct sim_options *sim, int option, const char *value) 
 static bool apply_server(struct command *command, int option, const char *value) {
     struct sim_options *sim = &command->sim;
     const struct sim_engine *engine;
-    bool slora;
+    bool slora, lru;
     double ms; // or microseconds, as the option says
     switch (option) {
     case OPT_WORKLOAD: return sim_workload(sim, value);
@@ -180,6 +184,10 @@ static bool apply_server(struct command *command, int option, const char *value)
         if (!parse_name(value, "lorad", "slora", &slora)) return false;
         sim->policy = slora ? SIM_SLORA : SIM_LORAD;
         return true;
+    case OPT_EVICTION:
+        if (!parse_name(value, "cost", "lru", &lru)) return false;
+        sim->eviction = lru ? EVICTION_LRU : EVICTION_COST;
+        return true;
     case OPT_POOL: return parse_int(value, 0, 1 << 28, &sim->pool_tokens);
     case OPT_SEQS: return parse_int(value, 1, 4096, &sim->sequences_max);
     case OPT_STEP_TOKENS: return parse_int(value, 1, 1 << 20, &sim->step_tokens_max);
@@ -203,6 +211,7 @@ static bool apply(struct command *command, int option, const char *value) {
     case OPT_JSON: command->json = value; return true;
     case OPT_CSV: command->csv = value; return true;
     case OPT_SVG: command->svg = value; return true;
+    case OPT_COMPARE: command->compare = true; return strcmp(value, "eviction") == 0;
     case OPT_REPRODUCE: command->reproduce = true; return strcmp(value, "slora") == 0;
     default: return apply_server(command, option, value);
     }
@@ -251,6 +260,7 @@ int main(int argc, char **argv) {
     }
     if (status == STATUS_OK)
         status = command.fit         ? sim_fit(stdout, &err)
+                 : command.compare   ? sim_compare(stdout, command.json, &err)
                  : command.reproduce ? sim_reproduce(stdout, command.json, &within, &err)
                                      : run(&command, &err);
     if (status != STATUS_OK) {

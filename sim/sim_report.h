@@ -21,6 +21,8 @@ MUST_CHECK enum status sim_write_svg(const char *path, const struct sim_result *
 // them to `json_path` unless NULL. `within`: out, no predicted throughput was off by more than 15%.
 MUST_CHECK enum status sim_reproduce(FILE *out, const char *json_path, bool *within,
                                      struct error *err);
+// Orders of eviction over several traces: prints the table, writes the rows to `json_path` unless NULL.
+MUST_CHECK enum status sim_compare(FILE *out, const char *json_path, struct error *err);
 // The three constants of the engine "slora" by search over the fitted rows; prints the best.
 MUST_CHECK enum status sim_fit(FILE *out, struct error *err);
 

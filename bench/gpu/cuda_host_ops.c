@@ -76,6 +76,13 @@ static void host_pool_write(struct backend *b, int layer, const int32_t *pages, 
     pool_fetch(b);
 }
 
+static void host_pool_copy(struct backend *b, int layer, const int32_t *pages, void *image,
+                           size_t elems, bool to_host) {
+    pool_send(b);
+    cuda->pool_copy(b, layer, pages, image, elems, to_host);
+    pool_fetch(b);
+}
+
 static void host_embed(struct backend *b, void *y, const void *table, enum dtype dtype,
                        const int32_t *ids, int tokens, int hidden) {
     int last = 0;
@@ -269,6 +276,7 @@ const struct backend_ops backend_cuda_host = {
     .synchronize = host_synchronize,
     .pool_attach = host_pool_attach,
     .pool_write = host_pool_write,
+    .pool_copy = host_pool_copy,
     .linear_create = host_linear_create,
     .linear_destroy = host_linear_destroy,
     .embed = host_embed,

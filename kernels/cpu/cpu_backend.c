@@ -146,6 +146,20 @@ static void cpu_pool_write(struct backend *b, int layer, const int32_t *pages, c
     }
 }
 
+static void cpu_pool_copy(struct backend *b, int layer, const int32_t *pages, void *image,
+                          size_t elems, bool to_host) {
+    if (!to_host) {
+        cpu_pool_write(b, layer, pages, image, elems);
+        return;
+    }
+    size_t page_elems = b->shape.page_elems, bytes = b->shape.elem_bytes;
+    for (size_t at = 0; at < elems; at += page_elems) {
+        size_t count = elems - at < page_elems ? elems - at : page_elems;
+        memcpy((char *)image + at * bytes, cpu_page(b, layer, pages[at / page_elems]),
+               count * bytes);
+    }
+}
+
 // ------------------------------------------------------------------ open and close
 
 static enum status wants_dnnl(enum dtype dtype, bool *wanted, struct error *err) {
@@ -221,6 +235,7 @@ const struct backend_ops backend_cpu = {
     .synchronize = cpu_synchronize,
     .pool_attach = cpu_pool_attach,
     .pool_write = cpu_pool_write,
+    .pool_copy = cpu_pool_copy,
     .linear_create = cpu_linear_create,
     .linear_destroy = cpu_linear_destroy,
     .embed = cpu_embed,

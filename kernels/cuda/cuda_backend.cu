@@ -226,6 +226,7 @@ extern const struct backend_ops backend_cuda = {
     .host_destroy = host_destroy,
     .pool_write = cuda_pool_write,
     .pool_written = cuda_pool_written,
+    .pool_copy = cuda_pool_copy,
     .linear_create = cuda_linear_create,
     .linear_destroy = cuda_linear_destroy,
     .embed = cuda_embed,

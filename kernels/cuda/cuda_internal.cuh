@@ -22,12 +22,12 @@ extern "C" {
 
 // Small arrays of a step that kernels read. Each kind has one place in device memory.
 enum cuda_meta {
-    META_IDS, META_POSITIONS, META_SLOTS, META_ROWS, META_ATTENTION,
+    META_IDS, META_POSITIONS, META_SLOTS, META_ROWS, META_ATTENTION, META_PAGES,
     META_LORA_QKV, META_LORA_O, META_LORA_GATE_UP, META_LORA_DOWN, META_KINDS
 };
 
 // Device scratch grows to the largest step seen and stays; each area has one user at a time.
-enum cuda_scratch { SCRATCH_X, SCRATCH_PARTIALS, SCRATCH_WORKSPACE, SCRATCH_KINDS };
+enum cuda_scratch { SCRATCH_X, SCRATCH_SWAP, SCRATCH_PARTIALS, SCRATCH_WORKSPACE, SCRATCH_KINDS };
 
 struct cuda_buffer {
     void *memory;
@@ -97,6 +97,8 @@ void cuda_gather_rows(struct backend *b, void *y, const void *x, const int32_t *
 void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
                      size_t elems);
 void cuda_pool_written(struct backend *b);
+void cuda_pool_copy(struct backend *b, int layer, const int32_t *pages, void *image, size_t elems,
+                    bool to_host);
 // x -> bf16, for the base matmul.
 void cuda_narrow(struct backend *b, bf16 *to, const float *from, size_t count);
 

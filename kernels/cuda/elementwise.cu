@@ -167,28 +167,63 @@ __global__ void scatter_kernel(paged<T> pool, const T *image, const int32_t *pag
     if (i < elems) *paged_at(pool, pages, (uint32_t)i) = image[i];
 }
 
+template <typename T>
+__global__ void gather_kernel(paged<T> pool, T *image, const int32_t *pages, size_t elems) {
+    size_t i = flat_index();
+    if (i < elems) image[i] = *paged_at(pool, pages, (uint32_t)i);
+}
+
+template <typename T>
+static void pool_kernel(struct backend *b, cudaStream_t stream, int layer, const int32_t *pages,
+                        void *image, size_t elems, bool gathers) {
+    dim3 grid(cuda_blocks(elems, FLAT_THREADS)), block(FLAT_THREADS);
+    if (gathers)
+        CUDA_LAUNCH(gather_kernel<T>, grid, block, 0, stream, cuda_layer<T>(b, layer), (T *)image,
+                    pages, elems);
+    else
+        CUDA_LAUNCH(scatter_kernel<T>, grid, block, 0, stream, cuda_layer<T>(b, layer),
+                    (const T *)image, pages, elems);
+}
+
+static void pool_move(struct backend *b, cudaStream_t stream, int layer, const int32_t *pages,
+                      void *staged, size_t elems, bool gathers) {
+    if (b->dtype == DTYPE_BF16) pool_kernel<bf16>(b, stream, layer, pages, staged, elems, gathers);
+    else pool_kernel<float>(b, stream, layer, pages, staged, elems, gathers);
+}
+
+static size_t table_bytes(const struct backend *b, size_t elems) {
+    return (elems + b->shape.page_elems - 1) / b->shape.page_elems * sizeof(int32_t);
+}
+
 void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
                      size_t elems) {
     if (elems == 0) return;
-    size_t page_count = (elems + b->shape.page_elems - 1) / b->shape.page_elems;
-    size_t table_bytes = page_count * sizeof *pages, bytes = elems * b->shape.elem_bytes;
-    cuda_grow(b, b->copies, &b->copy_pages, table_bytes);
+    size_t bytes = elems * b->shape.elem_bytes;
+    cuda_grow(b, b->copies, &b->copy_pages, table_bytes(b, elems));
     cuda_grow(b, b->copies, &b->copy_image, bytes);
-    const int32_t *table = (const int32_t *)b->copy_pages.memory;
-    void *staged = b->copy_image.memory;
-    cuda_check(b, cudaMemcpyAsync(b->copy_pages.memory, pages, table_bytes,
+    cuda_check(b, cudaMemcpyAsync(b->copy_pages.memory, pages, table_bytes(b, elems),
                                   cudaMemcpyHostToDevice, b->copies), "copy of a page table");
-    cuda_check(b, cudaMemcpyAsync(staged, image, bytes, cudaMemcpyHostToDevice, b->copies),
-               "copy of an adapter");
-    dim3 grid(cuda_blocks(elems, FLAT_THREADS)), block(FLAT_THREADS);
-    if (b->dtype == DTYPE_BF16)
-        CUDA_LAUNCH(scatter_kernel<bf16>, grid, block, 0, b->copies, cuda_layer<bf16>(b, layer),
-                    (const bf16 *)staged, table, elems);
-    else
-        CUDA_LAUNCH(scatter_kernel<float>, grid, block, 0, b->copies, cuda_layer<float>(b, layer),
-                    (const float *)staged, table, elems);
+    cuda_check(b, cudaMemcpyAsync(b->copy_image.memory, image, bytes, cudaMemcpyHostToDevice,
+                                  b->copies), "copy of an adapter");
+    pool_move(b, b->copies, layer, (const int32_t *)b->copy_pages.memory, b->copy_image.memory,
+              elems, false);
 }
 
 void cuda_pool_written(struct backend *b) {
     cuda_check(b, cudaStreamSynchronize(b->copies), "copies of adapters");
+}
+
+void cuda_pool_copy(struct backend *b, int layer, const int32_t *pages, void *image, size_t elems,
+                    bool to_host) {
+    if (elems == 0) return;
+    size_t bytes = elems * b->shape.elem_bytes;
+    const int32_t *table = (const int32_t *)cuda_meta(b, META_PAGES, pages, table_bytes(b, elems));
+    void *staged = cuda_scratch(b, SCRATCH_SWAP, bytes);
+    if (!to_host)
+        cuda_check(b, cudaMemcpyAsync(staged, image, bytes, cudaMemcpyHostToDevice, b->stream),
+                   "KV from the host");
+    pool_move(b, b->stream, layer, table, staged, elems, to_host);
+    if (to_host)
+        cuda_check(b, cudaMemcpyAsync(image, staged, bytes, cudaMemcpyDeviceToHost, b->stream),
+                   "KV to the host");
 }

@@ -81,6 +81,16 @@ static void plain_pool_write(struct backend *b, int layer, const int32_t *pages,
     }
 }
 
+static void plain_pool_copy(struct backend *b, int layer, const int32_t *pages, void *image,
+                            size_t elems, bool to_host) {
+    for (size_t e = 0; e < elems; e++) {
+        float *element = plain_page(b, layer, pages[e / b->shape.page_elems]) +
+                         e % b->shape.page_elems, *host = (float *)image + e;
+        if (to_host) *host = *element;
+        else *element = *host;
+    }
+}
+
 static enum status plain_linear_create(struct backend *b, const void *weights, enum dtype dtype,
                                        int out, int in, struct linear **result,
                                        struct error *err) {
@@ -276,6 +286,7 @@ static const struct backend_ops plain_backend = {
     .synchronize = plain_synchronize,
     .pool_attach = plain_pool_attach,
     .pool_write = plain_pool_write,
+    .pool_copy = plain_pool_copy,
     .linear_create = plain_linear_create,
     .linear_destroy = plain_linear_destroy,
     .embed = plain_embed,

@@ -560,6 +560,28 @@ static float *image_add(struct lora_rig *rig, char *image, size_t *used, int64_t
     return values;
 }
 
+// What went into pages by pool_write comes out of them, and goes in again, by pool_copy.
+static void check_pool_copy(struct backend *b, const int32_t *pages, const void *image,
+                            size_t bytes, size_t elems) {
+    if (bytes == 0) return;
+    void *back = mem_alloc_aligned(bytes);
+    memset(back, 0x55, bytes);
+    ops->pool_copy(b, LAYER, pages, back, elems, true);
+    ops->synchronize(b);
+    assert_memory_equal(back, image, bytes);
+    memset(back, 0, bytes);
+    ops->pool_copy(b, LAYER, pages, back, elems, false);
+    ops->synchronize(b);
+    memset(back, 0x55, bytes);
+    ops->pool_copy(b, LAYER, pages, back, elems, true);
+    ops->synchronize(b);
+    for (size_t i = 0; i < bytes; i++) assert_int_equal(((char *)back)[i], 0);
+    memcpy(back, image, bytes);
+    ops->pool_copy(b, LAYER, pages, back, elems, false);
+    ops->synchronize(b);
+    free(back);
+}
+
 static void lora_rig_init(struct lora_rig *rig, struct backend *b, enum dtype dtype,
                           const struct lora_case *c) {
     *rig = (struct lora_rig){.c = c};
@@ -583,6 +605,7 @@ static void lora_rig_init(struct lora_rig *rig, struct backend *b, enum dtype dt
         int32_t *pages = pages_take(&rig->pool, (int)((used + page_elems - 1) / page_elems));
         ops->pool_write(b, LAYER, pages, image, used);
         if (ops->pool_written) ops->pool_written(b);
+        check_pool_copy(b, pages, image, used * dtype_bytes(dtype), used);
         segment->pages = pages;
     }
     free(image);

@@ -112,13 +112,19 @@ static void random_traffic(void **state) {
     (void)state;
     static const struct {
         int pages, sequences, step_tokens, threads, host_share, preempt_every;
+        enum engine_preemption preemption;
+        bool prefixes;
     } worlds[] = {
-        {60, 6, 64, 0, 100, 1000}, {30, 6, 64, 0, 40, 7}, {26, 4, 16, 0, 30, 5},
-        {200, 16, 96, 0, 100, 3},  {30, 6, 64, 2, 40, 7}, {60, 8, 64, 1, 35, 11},
+        {60, 6, 64, 0, 100, 1000, PREEMPTION_AUTO, true},
+        {30, 6, 64, 0, 40, 7, PREEMPTION_RECOMPUTE, true},
+        {26, 4, 16, 0, 30, 5, PREEMPTION_SWAP, true},
+        {200, 16, 96, 0, 150, 3, PREEMPTION_SWAP, false},
+        {30, 6, 64, 2, 60, 7, PREEMPTION_SWAP, true},
+        {60, 8, 64, 1, 35, 11, PREEMPTION_RECOMPUTE, true},
     };
     enum { INSIDE = 20, REQUESTS = 1200 };
     long steps = 0;
-    uint64_t hits = 0, loads = 0, dropped = 0;
+    uint64_t hits = 0, loads = 0, reads = 0, swaps = 0;
     for (size_t w = 0; w < sizeof worlds / sizeof *worlds; w++) {
         struct rig rig;
         // Opened twice: the first tells the geometry, and so what share of the images is.
@@ -128,7 +134,8 @@ static void random_traffic(void **state) {
         size_t host_bytes = image_bytes_of_all() * (size_t)worlds[w].host_share / 100;
         rig_open(&rig, (struct engine_options){.sequences_max = worlds[w].sequences,
                                                .step_tokens_max = worlds[w].step_tokens,
-                                               .prefix_cache = true,
+                                               .prefix_cache = worlds[w].prefixes,
+                                               .preemption = worlds[w].preemption,
                                                .host_bytes = host_bytes,
                                                .load_threads = worlds[w].threads,
                                                .preempt_every = worlds[w].preempt_every},
@@ -164,13 +171,15 @@ static void random_traffic(void **state) {
         rig_assert_idle(&rig);
         hits += atomic_load(&rig.metrics.prefix_hits);
         loads += atomic_load(&rig.metrics.adapter_loads);
-        dropped += atomic_load(&rig.metrics.host_reads);
+        reads += atomic_load(&rig.metrics.host_reads);
+        swaps += atomic_load(&rig.metrics.swaps);
         rig_close(&rig);
         adapters_close();
     }
-    print_message("%ld steps, %llu tokens from the prefix cache, %llu loads, %llu reads\n", steps,
-                  (unsigned long long)hits, (unsigned long long)loads, (unsigned long long)dropped);
-    assert_true(hits > 1000 && loads > 100 && dropped > 60);
+    print_message("%ld steps, %llu tokens from the prefix cache, %llu loads, %llu reads, %llu swaps\n",
+                  steps, (unsigned long long)hits, (unsigned long long)loads,
+                  (unsigned long long)reads, (unsigned long long)swaps);
+    assert_true(steps > 100000 && hits > 1000 && loads > 100 && reads > 60 && swaps > 100);
 }
 
 // Catches: a cold request that waits for ever because others keep the pages busy; a stream of
