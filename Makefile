@@ -1,6 +1,7 @@
 # The commands of lorad; CMake and Ninja do the work.
 #   make serve [PORT=8000] [MODEL=DIR]   build, then serve the demo model and its adapters
 #   make test                            build, then run every test
+#   make compare                         lorad against other engines on this machine (bench/compare)
 #   make build | bench | format | lint | clean | setup
 BUILD ?= build
 PORT ?= 8000
@@ -11,7 +12,7 @@ CMAKE_FLAGS ?=
 VENV := $(BUILD)/venv
 C_FILES = git ls-files '*.c' '*.h' '*.cu' '*.cuh'
 
-.PHONY: all setup build serve test bench format lint clean
+.PHONY: all setup build serve test bench compare format lint clean
 all: build
 
 setup:
@@ -47,6 +48,9 @@ test: build $(VENV)/ready
 bench: setup $(BUILD)/build.ninja
 	ninja -C $(BUILD) lorad lorad-bench
 	@echo "built $(BUILD)/lorad-bench; bench/README.md says how figures are made"
+
+compare: bench
+	bench/compare/run.sh
 
 format:
 	$(C_FILES) | xargs clang-format -i

@@ -14,7 +14,7 @@
 #include <string.h>
 #include <time.h>
 
-enum { THREADS_MAX = 64, COPY_PIECE_PAGES = 8, SPARE_MAX = 8 };
+enum { THREADS_MAX = 64, COPY_PIECE_PAGES = 8, SPARE_MAX = 16 };
 // While it is paced: how long a loader works at a time, and rests at most.
 static const double SLICE_S = 0.0001, PAUSE_MAX_S = 0.05;
 
@@ -134,21 +134,34 @@ static void account_add(struct host_store *store, struct adapter *adapter) {
     atomic_store(&adapter->tier, ADAPTER_IN_HOST);
 }
 
+static bool droppable(const struct host_store *store, const struct adapter *adapter) {
+    for (int i = 0; i < store->wanted_count; i++)
+        if (store->wanted[i] == adapter) return false;
+    return adapter->image_users == 0;
+}
+
+// The image to drop for one of `bytes`: the oldest, or, where it is among the oldest, one of the same
+// size, whose memory the new one can have.
+static struct adapter *victim(const struct host_store *store, size_t bytes) {
+    enum { OLDEST = 32 };
+    struct adapter *oldest = NULL;
+    int seen = 0;
+    for (struct adapter *a = store->oldest; a && (!oldest || seen < OLDEST); a = a->host_next) {
+        if (!droppable(store, a)) continue;
+        if (a->image_bytes == bytes) return a;
+        if (!oldest) oldest = a;
+        seen++;
+    }
+    return oldest;
+}
+
 // Reserves room, dropping images that nobody wants or reads; false: there is none.
 static bool reserve(struct host_store *store, size_t bytes) {
-    struct adapter *adapter = store->oldest;
     while (store->counts.bytes_used + bytes > store->options.bytes_max) {
-        for (; adapter; adapter = adapter->host_next) {
-            bool wanted = false;
-            for (int i = 0; i < store->wanted_count && !wanted; i++)
-                wanted = store->wanted[i] == adapter;
-            if (!wanted && adapter->image_users == 0) break;
-        }
+        struct adapter *adapter = victim(store, bytes);
         if (!adapter) return false;
-        struct adapter *next = adapter->host_next;
         image_free(store, account_remove(store, adapter), adapter->image_bytes);
         store->counts.dropped++;
-        adapter = next;
     }
     store->counts.bytes_used += bytes;
     return true;

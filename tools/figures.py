@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the figures of README.md and docs/performance.md from the JSON files in bench/results.
+"""Writes the figures of README.md and docs/*.md from the JSON files in bench/results.
 
     tools/figures.py           rewrites what stands between the markers
     tools/figures.py --check   exits 1 when a document does not say what the results say
@@ -76,6 +76,81 @@ def roofline():
     return "\n".join(parts).rstrip()
 
 
+def slora_rows():
+    rows = ["| | n | req/s offered, s | req/s publ. | sim. | off | first token s publ. | sim. | "
+            "latency s publ. | sim. | off | in 6 s publ. | sim. | ours: req/s | first token s | in 6 s |",
+            "|" + "---|" * 16]
+    fitted_by_latency = True  # the first fitted row is fitted by its latency, the others by throughput
+    for row in load("sim-slora-a100.json")["rows"]:
+        p, s, o = row["published"], row["slora_policy"], row["lorad_policy"]
+        rate_star = latency_star = ""
+        if row["fitted"]:
+            rate_star, latency_star = ("", "*") if fitted_by_latency else ("*", "")
+            fitted_by_latency = False
+        rows.append(
+            f"| {row['workload']} | {row['adapters']} | {row['rate']:.0f}, {row['duration_s']:.0f} | "
+            f"{p['requests_per_s']:.2f} | {s['requests_per_s']:.2f} | "
+            f"{s['requests_per_s'] / p['requests_per_s'] - 1:+.1%}{rate_star} | "
+            f"{p['ttft_mean_s']:.2f} | {s['ttft_mean_s']:.2f} | {p['latency_mean_s']:.1f} | "
+            f"{s['latency_mean_s']:.1f} | {s['latency_mean_s'] / p['latency_mean_s'] - 1:+.1%}"
+            f"{latency_star} | {p['slo_attained']:.0%} | {s['slo_attained']:.0%} | "
+            f"{o['requests_per_s']:.2f} | {o['ttft_mean_s']:.2f} | {o['slo_attained']:.0%} |")
+    return "\n".join(rows)
+
+
+def eviction():
+    rows = ["| trace | eviction | found resident | GB copied | first token s, mean | p99 | req/s |",
+            "|---|---|---:|---:|---:|---:|---:|"]
+    for r in load("sim-eviction.json")["rows"]:
+        rows.append(f"| {r['trace_name']} | {r['eviction']} | {r['adapter_hit_rate']:.1%} | "
+                    f"{r['bytes_moved'] / 1e9:.1f} | {r['ttft_s']['mean']:.3f} | "
+                    f"{r['ttft_s']['p99']:.3f} | {r['requests_per_s']:.2f} |")
+    return "\n".join(rows)
+
+
+def cold_adapters():
+    name = "cpu-10000-adapters.json"
+    result = load(name)
+
+    def side(runs, key, field, scale=1, form="{:.0f}"):
+        return spread([r[key][field] * scale for r in runs], form)
+
+    def pair(what, part):
+        runs = part["runs"]
+        return (f"| {what} | {side(runs, 'few', 'output_tokens_per_s')} | "
+                f"{side(runs, 'many', 'output_tokens_per_s')} | "
+                f"{spread([r['many']['output_tokens_per_s'] / r['few']['output_tokens_per_s'] for r in runs], '{:.3f}')} | "
+                f"{side(runs, 'many', 'reads')} |")
+    fit, thrash, calm = result["fit"], result["thrash"], result["calm"]["runs"]
+    lines = ["| minimum / median / maximum of %d rounds | 5 adapters, tok/s | 10,000, tok/s | ratio | "
+             "adapters read |" % len(thrash["runs"]), "|---|---:|---:|---:|---:|",
+             pair("all of them fit; 8 requests a second", fit["open"]),
+             pair("all of them fit; 8 requests at once", fit["closed"]),
+             pair("room for a tenth; 8 requests at once", thrash), "",
+             "| a stream on a resident adapter | gap p50, ms | p99, ms |", "|---|---:|---:|"]
+    for key, what in (("alone", "alone"),
+                      ("prefetch", "while 100 unused adapters are prefetched"),
+                      ("resident_requests", "while 100 short requests on resident adapters come in"),
+                      ("cold_requests", "while 100 short requests on cold adapters come in")):
+        lines.append(f"| {what} | {side(calm, key, 'p50_s', 1e3, '{:.1f}')} | "
+                     f"{side(calm, key, 'p99_s', 1e3, '{:.1f}')} |")
+    registered = result["registered"]
+    lines += ["", f"10,000 registered (9,000 seeded, 1,000 folders), serving after "
+              f"{registered['start_s']:.1f} s. " + result["what"] + ". From",
+              source(name, result) + "."]
+    return "\n".join(lines)
+
+
+def fairness():
+    result = load("cpu-fairness.json")
+    flood, polite = result["service"]["flood"], result["service"]["polite"]
+    return (f"A tenant with {result['inside']['flood']} requests inside and one with "
+            f"{result['inside']['polite']} got {flood:.0f} and {polite:.0f} weighted tokens in "
+            f"38 s; over that time their difference moved by {result['drift']:.0f}; the paper's bound "
+            f"is {result['bound']:.0f}. From `bench/results/cpu-fairness.json` (plot beside it), commit "
+            f"`{result['commit'][:10]}`, `{result['command']}`.")
+
+
 def rewrite(text):
     def block(match):
         return f"{match.group(1)}\n{globals()[match.group(2)]()}\n<!-- end -->"
@@ -84,9 +159,7 @@ def rewrite(text):
 
 def main():
     stale = []
-    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
-        if not path.exists():
-            continue
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text(encoding="utf-8")
         new = rewrite(text)
         if new != text:

