@@ -2,6 +2,7 @@
 #   make serve [PORT=8000] [MODEL=DIR]   build, then serve the demo model and its adapters
 #   make test                            build, then run every test
 #   make compare                         lorad against other engines on this machine (bench/compare)
+#   make bench-check                     instruction counts against bench/baseline.json
 #   make build | bench | format | lint | clean | setup
 BUILD ?= build
 PORT ?= 8000
@@ -12,7 +13,7 @@ CMAKE_FLAGS ?=
 VENV := $(BUILD)/venv
 C_FILES = git ls-files '*.c' '*.h' '*.cu' '*.cuh'
 
-.PHONY: all setup build serve test bench compare format lint clean
+.PHONY: all setup build serve test bench bench-check compare format lint clean
 all: build
 
 setup:
@@ -48,6 +49,9 @@ test: build $(VENV)/ready
 bench: setup $(BUILD)/build.ninja
 	ninja -C $(BUILD) lorad lorad-bench
 	@echo "built $(BUILD)/lorad-bench; bench/README.md says how figures are made"
+
+bench-check: build
+	bench/check.py
 
 compare: bench
 	bench/compare/run.sh

@@ -90,6 +90,10 @@ struct backend_ops {
     // false once the device has failed for good.
     bool (*health)(struct backend *b);
 
+    // STATUS_UNSUPPORTED: attention of this shape cannot be computed here. NULL: any can.
+    MUST_CHECK enum status (*check_heads)(int query_heads, int kv_heads, int head_size,
+                                          struct error *err);
+
     // Memory taken before serving starts; zeroed. NULL when there is none.
     void *(*memory_create)(struct backend *b, size_t bytes);
     void (*memory_destroy)(struct backend *b, void *memory);

@@ -141,6 +141,18 @@ def cold_adapters():
     return "\n".join(lines)
 
 
+def compare():
+    name = "cpu-compare.json"
+    if not (RESULTS / name).exists():
+        return "Not measured yet."
+    result = load(name)
+    limits = result["limits"]
+    return ((RESULTS / "cpu-compare.md").read_text(encoding="utf-8").rstrip() +
+            f"\n\nMeasured in the same run: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, bf16 "
+            f"{limits['bf16_flops_per_s'] / 1e9:.0f} GFLOP/s. TinyLlama-1.1B shape, random weights, bf16, "
+            "prompts of 32, outputs of 48 tokens. From\n" + source(name, result) + ".")
+
+
 def fairness():
     result = load("cpu-fairness.json")
     flood, polite = result["service"]["flood"], result["service"]["polite"]

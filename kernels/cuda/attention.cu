@@ -280,6 +280,18 @@ template <typename T> static void shared_allow(struct backend *b, size_t bytes) 
 #endif
 }
 
+enum status cuda_check_heads(int query_heads, int kv_heads, int head_size, struct error *err) {
+    attention_shape s = {query_heads, kv_heads, query_heads / kv_heads, head_size, 1, 0.0f};
+    size_t shared = shared_floats(s) * sizeof(float);
+    if (head_size <= HEAD_SIZE_MAX && shared <= SHARED_BYTES_MAX) return STATUS_OK;
+    return error_set(err, STATUS_UNSUPPORTED,
+                     "the CUDA backend computes attention of heads up to %d and of %d query heads on "
+                     "one kv head at %d; this model has heads of %d and %d on one; use --device cpu",
+                     HEAD_SIZE_MAX,
+                     (int)(SHARED_BYTES_MAX / sizeof(float) / (3 * (size_t)head_size + PART + 4)),
+                     head_size, head_size, s.G);
+}
+
 void cuda_attention(struct backend *b, int layer, void *y, const void *qkv,
                     const struct attention_span *spans, int span_count, int query_heads) {
     VERIFY(b->pool);

@@ -215,6 +215,7 @@ extern const struct backend_ops backend_cuda = {
     .open = backend_open,
     .close = backend_close,
     .health = health,
+    .check_heads = cuda_check_heads,
     .memory_create = memory_create,
     .memory_destroy = memory_destroy,
     .memory_free = memory_free,

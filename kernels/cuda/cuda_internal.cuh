@@ -105,6 +105,7 @@ void cuda_narrow(struct backend *b, bf16 *to, const float *from, size_t count);
 // lora.cu, attention.cu
 void cuda_lora_shrink(struct backend *b, const struct lora_launch *launch);
 void cuda_lora_expand(struct backend *b, const struct lora_launch *launch);
+enum status cuda_check_heads(int query_heads, int kv_heads, int head_size, struct error *err);
 void cuda_attention(struct backend *b, int layer, void *y, const void *qkv,
                     const struct attention_span *spans, int span_count, int query_heads);
 

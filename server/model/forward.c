@@ -269,6 +269,11 @@ enum status model_create(const struct backend_ops *ops, struct backend *backend,
                          "a context of %d tokens was asked for; config.json allows 1 to %d "
                          "(max_position_embeddings)",
                          options->context_max, config->context_max);
+    if (ops->check_heads) {
+        enum status status = ops->check_heads(config->query_heads, config->kv_heads,
+                                              config->head_size, err);
+        if (status != STATUS_OK) return status;
+    }
     struct model *m = mem_zalloc(1, sizeof *m);
     m->ops = ops;
     m->backend = backend;

@@ -34,6 +34,17 @@ def test_same_tokens_as_the_cpu(monkeypatch):
     assert len({tuple(t) for t in cpu}) == 8
 
 
+@pytest.mark.skipif(not os.path.exists(EMULATED), reason="the emulation is for x86-64")
+def test_heads_beyond_the_kernel_are_refused_at_load(tmp_path):
+    config = {**server.CONFIG, "hidden_size": 64 * 128, "num_attention_heads": 64,
+              "num_key_value_heads": 1, "num_hidden_layers": 1, "intermediate_size": 64}
+    (tmp_path / "config.json").write_text(server.json.dumps(config))
+    run = subprocess.run([EMULATED, "serve", "--model", str(tmp_path), "--load-format", "dummy",
+                          "--port", "0", "--device", "cuda"], capture_output=True, text=True,
+                         timeout=60)
+    assert run.returncode == 1 and "64 on one" in run.stderr, run.stderr
+
+
 def test_no_device_is_a_sentence(tmp_path):
     """Where there is no GPU: --device cuda says so and stops; auto serves on the CPU."""
     (tmp_path / "config.json").write_text(server.json.dumps(server.CONFIG))

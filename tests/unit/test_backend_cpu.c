@@ -72,6 +72,8 @@ static float *random_floats(size_t count) {
 
 // NULL when this processor lacks the instruction set.
 static struct backend *open_setup(const struct setup *setup) {
+    const char *only = getenv("LORAD_TEST_SETUP"); // bench/check.py: one instruction set, one thread
+    if (only && (strcmp(only, setup->isa) != 0 || setup->threads > 1)) return NULL;
     setenv("LORAD_CPU_ISA", setup->isa, 1);
     setenv("LORAD_CPU_LINEAR", setup->linear, 1);
     struct backend_options options = {.threads = setup->threads, .dtype = setup->dtype};
