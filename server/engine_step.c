@@ -175,18 +175,12 @@ static void tag_pages(struct engine *engine, const int32_t *pages, int count, ui
     for (int i = 0; i < count; i++) engine->page_tags[pages[i]] = tag;
 }
 
-static void cut_plan(struct sched_item *item) {
-    int left = item->tokens_total - item->tokens_cached;
-    if (item->planned > left) item->planned = left;
-}
-
 // Before its first token is computed: what the prefix cache has of it.
 static void match_prefix(struct engine *engine, struct sequence *sequence) {
     struct sched_item *item = &sequence->item;
     item->tokens_hit = 0;
     if (sequence->swap) { // find_pages fills its pages with it
-        item->tokens_cached = sequence->swap_tokens;
-        cut_plan(item);
+        item->tokens_cached = sequence->swap_tokens; // as the plan had it
         return;
     }
     if (!engine->prefix || item->rows_all) return;
@@ -196,7 +190,8 @@ static void match_prefix(struct engine *engine, struct sequence *sequence) {
         VERIFY_OP(engine->page_tags[sequence->pages[i]], ==, page_tag_shared(sequence));
     sequence->page_count = sequence->shared_count = count;
     item->tokens_cached = item->tokens_shared = count * PAGE_TOKENS;
-    cut_plan(item);
+    if (item->planned > item->tokens_total - item->tokens_cached)
+        item->planned = item->tokens_total - item->tokens_cached;
     atomic_fetch_add(&engine->metrics->prefix_queries, (uint64_t)item->tokens_total);
     atomic_fetch_add(&engine->metrics->prefix_hits, (uint64_t)item->tokens_cached);
     if (!sequence->started) sequence->hit_tokens = item->tokens_cached;

@@ -18,8 +18,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-T, P, R, E, A, N = ("test_engine_tiers", "test_prefix", "test_residency", "test_engine",
-                    "test_adapter", "test_tenants")
+T, P, R, E, A, N, H = ("test_engine_tiers", "test_prefix", "test_residency", "test_engine",
+                       "test_adapter", "test_tenants", "test_host_store")
 
 # invariant, file, what is there, what is put there, tests that shall notice
 MUTATIONS = [
@@ -27,15 +27,14 @@ MUTATIONS = [
     ("1", "server/engine_batch.c", "open->pages == adapter->pages && ", "", [E]),
     ("1", "server/engine_output.c", ".position = (uint64_t)sequence->item.tokens_total",
      ".position = engine->step", [E]),
-    ("1", "pager/host_store.c", "((size_t)layer * elems + at) * bytes", "at * bytes", [T]),
-    ("1", "pager/host_store.c", "adapter->pages + at / geometry->page_elems", "adapter->pages", [T]),
+    ("1", "pager/host_store.c", "((size_t)layer * elems + at) * bytes", "at * bytes", [H]),
+    ("1", "pager/host_store.c", "adapter->pages + at / geometry->page_elems", "adapter->pages", [H]),
     ("2", "pager/prefix.c", "!memcmp(node->tokens, tokens, sizeof node->tokens))", "1)", [P]),
     ("2", "pager/prefix.c", "node->parent == parent &&", "", [P]),
     ("2", "pager/prefix.c", "pages[shared] = equal;\n", "", [P, T]),
     ("2", "server/engine_swap.c", "for (int layer = 0; layer < engine->geometry.layers; layer++)",
      "for (int layer = 1; layer < engine->geometry.layers; layer++)", [T]),
     ("2", "server/engine_swap.c", "    move(engine, sequence, false);\n", "", [T]),
-    ("2", "server/engine_step.c", "        cut_plan(item);\n        return;", "        return;", [T]),
     ("2", "server/sequence.c", "    sequence->item.tokens_cached = 0;\n", "", [E]),
     ("3", "pager/prefix.c", "            pool_give(prefix->pool, PAGE_KV, &pages[shared], 1);\n", "",
      [P, T]),
@@ -60,19 +59,18 @@ MUTATIONS = [
      "    host_store_release(engine->host_store, swap_bytes(engine, sequence->swap_tokens));\n", "",
      [T]),
     ("3", "pager/host_store.c", "    adapter->image_users--;\n    event_add", "    event_add", [T]),
-    ("3", "pager/host_store.c", "if (!wanted && adapter->image_users == 0) break;", "break;", [T]),
+    ("3", "pager/host_store.c", "return adapter->image_users == 0;", "return true;", [T, H]),
     ("4", "server/engine_adapters.c", "page_tag_adapter(adapter->generation);", "0;", [T]),
     ("4", "pager/residency.c", "        residency->counts.running++;\n        idle_leave(residency, adapter);\n",
      "        residency->counts.running++;\n", [R]),
     ("4", "server/engine_output.c",
      "        engine->page_tags[sequence->pages[i]] = page_tag_shared(sequence);", "        ;", [T]),
     ("4", "pager/residency.c",
-     "    if (residency->prefix) prefix_drop(residency->prefix, &adapter->prefixes);\n", "", [T]),
+     "    if (residency->prefix) prefix_drop(residency->prefix, &adapter->prefixes);\n", "", [R]),
     ("4", "pager/adapter_load.c", "if (strcmp(hex, adapter->digest) != 0) return files_changed(err);",
      "", [A]),
-    ("4", "pager/adapter_load.c",
-     "        if (!atomic_load(&adapter->digest_known)) return files_changed(err);\n", "", [A]),
-    ("5", "server/sequence.c", "    sha256_update(&hash, salt, strlen(salt) + 1);\n", "", [T]),
+    ("5", "server/sequence.c", "sha256_update(&hash, salt, strlen(salt) + 1);",
+     "sha256_update(&hash, salt, 0);", [T]),
     ("5", "server/sequence.c",
      "    sha256_update(&hash, request->tenant, strlen(request->tenant) + 1);\n", "", [T]),
     ("5", "server/sequence.c",
@@ -88,7 +86,7 @@ MUTATIONS = [
     ("6", "server/engine_output.c", "        atomic_fetch_add(&metrics->aborted, 1);\n", "        ;\n",
      ["test_engine_ends"]),
     ("7", "pager/host_store.c", "        store->counts.bytes_used -= adapter->image_bytes;\n        if (image)",
-     "        if (image)", [T]),
+     "        if (image)", [H]),
     ("7", "pager/host_store.c", "        atomic_store(&adapter->tier, ADAPTER_ON_DISK);\n    }\n", "    }\n",
      [T]),
     ("7", "pager/adapter_folder.c", "        if (!scale_values(r->values, count * columns, scale))",
@@ -127,8 +125,10 @@ def main():
     for name in files:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name)
+    lists = copy / "CMakeLists.txt" # what becomes unused is not the point
+    lists.write_text(lists.read_text().replace("-Werror;", ""))
     run(["cmake", "-G", "Ninja", "-S", ".", "-B", "build", "-DLORAD_CUDA=OFF",
-         "-DCMAKE_C_FLAGS_RELEASE=-O1 -w"], cwd=copy, check=True)
+         "-DCMAKE_C_FLAGS_RELEASE=-O1"], cwd=copy, check=True)
     tests = sorted({test for mutation in MUTATIONS for test in mutation[4]})
     built = run(["ninja", "-C", "build", *tests], cwd=copy)
     assert built.returncode == 0, built.stdout[-2000:]

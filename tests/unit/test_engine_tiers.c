@@ -308,17 +308,18 @@ static void hits_are_told_and_kept_apart(void **state) {
         struct adapter *adapter;
         const char *salt, *tenant;
         int hits; // of 48 tokens
+        float weight;
     } asked[] = {
-        {NULL, NULL, "", 0},        {NULL, NULL, "", 32},         {NULL, "x", "", 0},
-        {NULL, "x", "", 32},        {NULL, NULL, "them", 0},      {adapters[0], NULL, "", 0},
-        {adapters[0], NULL, "", 32}, {adapters[1], NULL, "", 0},  {again, NULL, "", 0},
-        {NULL, NULL, "them", 32},
+        {NULL, NULL, "", 0, 1},          {NULL, NULL, "", 32, 1},          {NULL, "x", "", 0, 1},
+        {NULL, "x", "", 32, 1},          {NULL, NULL, "them", 0, 1},       {adapters[0], NULL, "", 0, 1},
+        {adapters[0], NULL, "", 32, 1},  {adapters[1], NULL, "", 0, 1},    {again, NULL, "", 0, 1},
+        {NULL, NULL, "them", 32, 1},     {adapters[0], NULL, "", 0, 0.5f}, {adapters[0], NULL, "", 32, 0.5f},
     };
     uint64_t before = 0;
     for (size_t i = 0; i < sizeof asked / sizeof *asked; i++) {
         struct job job;
         job_init(&job, 1, 48, 3);
-        if (asked[i].adapter) job_adapter(&job, asked[i].adapter, 1);
+        if (asked[i].adapter) job_adapter(&job, asked[i].adapter, asked[i].weight);
         if (asked[i].salt) job.request->cache_salt = mem_strdup(asked[i].salt);
         snprintf(job.request->tenant, sizeof job.request->tenant, "%s", asked[i].tenant);
         rig_submit(&rig, &job);

@@ -199,6 +199,38 @@ static void refusal_changes_nothing(void **state) {
     rig_destroy(rig);
 }
 
+// Catches: prefixes of an adapter that is gone, which hold pages that nobody can use and point to
+// its record.
+static void an_adapter_takes_its_prefixes(void **state) {
+    (void)state;
+    struct rig *rig = rig_create(EVICTION_COST, (int[]){2}, 1); // of 2 pages
+    residency_destroy(rig->residency);
+    struct prefix *prefix = prefix_create(rig->pool, rig->eviction, PAGES);
+    rig->residency = residency_create(rig->pool, rig->eviction, prefix);
+    assert_int_equal(bring(rig, 0, true, 1), STATUS_OK);
+    const struct prefix_scope own = {.bytes = {1}, .list = &rig->adapters[0]->prefixes};
+    const struct prefix_scope base = {.bytes = {2}};
+    int32_t tokens[3 * PREFIX_PAGE_TOKENS] = {0}, pages[6];
+    for (int i = 0; i < 2; i++) { // three pages each
+        const struct prefix_scope *scope = i ? &base : &own;
+        assert_int_equal(pool_take(rig->pool, PAGE_KV, 3, pages + 3 * i), STATUS_OK);
+        int shared = prefix_add(prefix, scope, tokens, 3 * PREFIX_PAGE_TOKENS, pages + 3 * i, 0);
+        prefix_leave(prefix, pages + 3 * i, shared, 2);
+    }
+    residency_release(rig->residency, rig->adapters[0], 3);
+    expect_counts(rig, PAGES - 8, 0, 0, 8);
+    atomic_store(&rig->adapters[0]->retired, true);
+    residency_sweep(rig->residency);
+    expect_counts(rig, PAGES - 3, 0, 0, 3); // the base model's stay
+    assert_int_equal(rig->adapters[0]->prefixes, -1);
+    assert_int_equal(prefix_peek(prefix, &own, tokens, 3 * PREFIX_PAGE_TOKENS), 0);
+    assert_int_equal(prefix_peek(prefix, &base, tokens, 3 * PREFIX_PAGE_TOKENS), 2);
+    residency_destroy(rig->residency);
+    prefix_destroy(prefix);
+    rig->residency = residency_create(rig->pool, rig->eviction, NULL);
+    rig_destroy(rig);
+}
+
 // A retired adapter leaves at the first sweep that finds it idle, and its record with it.
 static void sweeps_the_retired(void **state) {
     (void)state;
@@ -388,6 +420,7 @@ int main(void) {
         cmocka_unit_test(cost_counts_uses_and_ages),
         cmocka_unit_test(refusal_changes_nothing),
         cmocka_unit_test(sweeps_the_retired),
+        cmocka_unit_test(an_adapter_takes_its_prefixes),
         cmocka_unit_test(random_sequences),
         cmocka_unit_test(wrong_use_aborts),
     };
