@@ -62,11 +62,10 @@ class HttpEngine:
         for line in answer:
             if not line.startswith(b"data: {"):
                 continue
-            count = self.tokens(json.loads(line[6:]))
-            if count:
-                last = time.monotonic() - begin
-                first = first or last
-                tokens += count
+            event = json.loads(line[6:])
+            last = time.monotonic() - begin
+            first = first or last
+            tokens = self.total(event, tokens)
         connection.close()
         return {"first_s": first, "last_s": last, "tokens": tokens}
 
@@ -107,9 +106,10 @@ class Lorad(HttpEngine):
             "max_tokens": output, "temperature": 0, "ignore_eos": True, "stream": True,
             "return_token_ids": True}
 
-    def tokens(self, event):
+    def total(self, event, before):
+        """How many tokens there are after this event."""
         choices = event.get("choices")
-        return len(choices[0].get("token_ids") or []) if choices else 0
+        return before + (len(choices[0].get("token_ids") or []) if choices else 0)
 
 
 class LlamaCpp(HttpEngine):
@@ -136,8 +136,8 @@ class LlamaCpp(HttpEngine):
                                "ignore_eos": True, "stream": True, "cache_prompt": False,
                                "lora": lora, "return_tokens": True}
 
-    def tokens(self, event):
-        return 0 if event.get("stop") else max(1, len(event.get("tokens") or []))
+    def total(self, event, before):  # bytes of a character that is not whole come with the next
+        return event["tokens_predicted"] if event.get("stop") else before + 1
 
 
 class Vllm(HttpEngine):
@@ -163,7 +163,7 @@ class Vllm(HttpEngine):
             "max_tokens": output, "temperature": 0, "ignore_eos": True, "stream": True,
             "return_token_ids": True, "detokenize": False}
 
-    tokens = Lorad.tokens
+    total = Lorad.total
 
 
 class Peft:

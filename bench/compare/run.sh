@@ -32,6 +32,14 @@ if [ ! -x "$work/vllm/bin/vllm" ] && [ ! -e "$work/vllm-tried" ]; then
 fi
 [ -e "$work/model/hf/model.safetensors" ] || "$python" bench/compare/make_model.py "$work/model"
 server=$(find "$work/venv" -name llama-server -type f -perm -u+x | head -n 1)
+# A wheel cannot hold links: this one names those that its libraries are found by.
+[ -z "$server" ] || "$python" - "$(dirname "$server")" <<'LINKS'
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+for name, target in json.loads((folder / "_symlinks.json").read_text()).items():
+    if not (folder / name).exists():
+        (folder / name).symlink_to(target)
+LINKS
 vllm=$work/vllm/bin/vllm
 [ -x "$vllm" ] || vllm=""
 exec "$python" bench/compare/compare.py --folder "$work/model" --llama-server "$server" \
