@@ -134,20 +134,21 @@ static void account_add(struct host_store *store, struct adapter *adapter) {
     atomic_store(&adapter->tier, ADAPTER_IN_HOST);
 }
 
-static bool droppable(const struct host_store *store, const struct adapter *adapter) {
-    for (int i = 0; i < store->wanted_count; i++)
+// Not one of the `kept` most urgent.
+static bool droppable(const struct host_store *store, const struct adapter *adapter, int kept) {
+    for (int i = 0; i < kept; i++)
         if (store->wanted[i] == adapter) return false;
     return adapter->image_users == 0;
 }
 
 // The image to drop for one of `bytes`: the oldest, or, where it is among the oldest, one of the same
 // size, whose memory the new one can have.
-static struct adapter *victim(const struct host_store *store, size_t bytes) {
+static struct adapter *victim(const struct host_store *store, size_t bytes, int kept) {
     enum { OLDEST = 32 };
     struct adapter *oldest = NULL;
     int seen = 0;
     for (struct adapter *a = store->oldest; a && (!oldest || seen < OLDEST); a = a->host_next) {
-        if (!droppable(store, a)) continue;
+        if (!droppable(store, a, kept)) continue;
         if (a->image_bytes == bytes) return a;
         if (!oldest) oldest = a;
         seen++;
@@ -155,10 +156,11 @@ static struct adapter *victim(const struct host_store *store, size_t bytes) {
     return oldest;
 }
 
-// Reserves room, dropping images that nobody wants or reads; false: there is none.
-static bool reserve(struct host_store *store, size_t bytes) {
+// Reserves room, dropping images but those of the `kept` most urgent and those being read; false:
+// there is none.
+static bool reserve(struct host_store *store, size_t bytes, int kept) {
     while (store->counts.bytes_used + bytes > store->options.bytes_max) {
-        struct adapter *adapter = victim(store, bytes);
+        struct adapter *adapter = victim(store, bytes, kept);
         if (!adapter) return false;
         image_free(store, account_remove(store, adapter), adapter->image_bytes);
         store->counts.dropped++;
@@ -253,7 +255,8 @@ static struct adapter *next_read(struct host_store *store) {
     for (int i = 0; i < store->wanted_count; i++) {
         struct adapter *adapter = store->wanted[i];
         if (atomic_load(&adapter->tier) != ADAPTER_ON_DISK) continue;
-        if (!reserve(store, adapter->image_bytes)) return NULL; // nothing overtakes it
+        // Less urgent ones make room for it; nothing overtakes it.
+        if (!reserve(store, adapter->image_bytes, i)) return NULL;
         atomic_store(&adapter->tier, ADAPTER_READING);
         return adapter_ref(adapter);
     }
@@ -405,7 +408,7 @@ void host_store_adopt(struct host_store *store, struct adapter *adapter) {
     void *own = adapter->image;
     pthread_mutex_lock(&store->mutex);
     void *image = NULL;
-    if (reserve(store, adapter->image_bytes)) {
+    if (reserve(store, adapter->image_bytes, store->wanted_count)) {
         image = store->ops->host_create ? image_create(store, adapter->image_bytes) : own;
         if (!image) store->counts.bytes_used -= adapter->image_bytes;
     }
@@ -488,7 +491,7 @@ int host_store_poll(struct host_store *store, struct host_event *events, int max
 
 bool host_store_reserve(struct host_store *store, size_t bytes) {
     pthread_mutex_lock(&store->mutex);
-    bool reserved = reserve(store, bytes);
+    bool reserved = reserve(store, bytes, store->wanted_count);
     pthread_mutex_unlock(&store->mutex);
     return reserved;
 }

@@ -120,7 +120,7 @@ class LlamaCpp(HttpEngine):
         program = options.llama_server or shutil.which("llama-server")
         folder = pathlib.Path(options.folder)
         if not program or not (folder / "model.gguf").exists():
-            raise Missing("llama-server, or the GGUF files (package gguf)")
+            raise Missing("no llama-server, or no GGUF files (package gguf)")
         self.port = free_port()
         command = [program, "-m", str(folder / "model.gguf"), "--port", str(self.port), "--host",
                    "127.0.0.1", "-c", str(16 * 1024), "-np", "16", "-t", str(os.cpu_count()),
@@ -146,7 +146,7 @@ class Vllm(HttpEngine):
     def __init__(self, options):
         program = options.vllm or shutil.which("vllm")
         if not program:
-            raise Missing("vllm")
+            raise Missing("not installed; the log of its installation says why")
         self.port = free_port()
         folder = pathlib.Path(options.folder)
         modules = [json.dumps({"name": f"a{i:02d}", "path": f"{folder}/adapters/a{i:02d}"})
@@ -176,7 +176,7 @@ class Peft:
             [options.python, str(HERE / "hf_worker.py"), str(options.folder), str(options.adapters)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         if self.process.stdout.readline().strip() != "ready":
-            raise Missing("torch, transformers and peft for " + options.python)
+            raise Missing("no torch, transformers and peft for its Python")
         self.start_s = time.monotonic() - begin
 
     def ask(self, prompts, adapters, output):

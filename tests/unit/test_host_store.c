@@ -153,8 +153,11 @@ static void the_account_is_kept(void **state) {
         usleep(2000);
         for (int i = 1; i <= 3; i++) assert_int_equal(tier(i), ADAPTER_IN_HOST);
         assert_int_equal(tier(4), ADAPTER_ON_DISK);
-        host_store_want(rig.store, all + 2, 2);
+        // Turned round, the most urgent one comes, at the cost of the least.
+        struct adapter *turned[4] = {all[3], all[2], all[1], all[0]};
+        host_store_want(rig.store, turned, 4);
         wait_tier(4, ADAPTER_IN_HOST);
+        assert_int_equal(tier(1) == ADAPTER_IN_HOST && tier(2) == ADAPTER_IN_HOST, false);
         assert_true(host_store_counts(rig.store).bytes_used <= room);
         // Room for something else; what it cannot have it does not get.
         want(0, 0);
