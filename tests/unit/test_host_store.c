@@ -50,7 +50,7 @@ static void rig_open(const struct backend_ops *ops, int threads, size_t bytes_ma
                      STATUS_OK);
     for (int i = 0; i < ADAPTERS; i++) {
         char source[64];
-        snprintf(source, sizeof source, "dummy:rank=%d,seed=%d", 1 + i % 3 * 4, i); // 1, 5, 9
+        snprintf(source, sizeof source, "dummy:rank=%d,seed=%d", 1 + i % 3 * 7, i); // 1, 8, 15
         assert_int_equal(adapter_open(&rig.geometry, "x", -1, source, &rig.adapters[i], NULL),
                          STATUS_OK);
         rig.bytes[i] = rig.adapters[i]->image_bytes;
