@@ -3,7 +3,7 @@ import shutil
 import time
 
 import pytest
-from server import ROOT, Server
+from server import LORAD, ROOT, Server
 from test_admin import load
 
 
@@ -117,7 +117,9 @@ def test_ten_thousand_are_registered_at_once():
             return int(next(line for line in file if line.startswith("VmRSS")).split()[1])
     each = (resident_kib(many) - resident_kib(few)) / 9990
     print(f"{each:.2f} KiB an adapter")
-    assert each < 1 + 0.1  # the command line itself is held once by the process: 0.05 KiB each
+    with open(LORAD, "rb") as file:
+        sanitized = b"__asan_init" in file.read()  # then memory has shadows
+    assert sanitized or each < 1 + 0.1  # the command line is held, too: 0.05 KiB each
     assert many.tokens(model="a00003", prompt=[1]) == few.tokens(model="a00003", prompt=[1])
     assert len(many.request("GET", "/v1/models")[1]["data"]) == 10001
     assert few.stop() == 0 and many.stop() == 0
