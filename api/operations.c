@@ -99,6 +99,19 @@ static void print_pool(struct page *page, const struct metrics *m) {
           total ? (double)atomic_load(&m->pages[PAGE_KV]) / total : 0);
 }
 
+static void print_tenants(struct page *page, struct metrics *m) {
+    int count = atomic_load(&m->tenant_count);
+    print(page, "# TYPE lorad_tenant_tokens_total counter\n");
+    for (int i = 0; i < count; i++)
+        for (int output = 0; output < 2; output++) {
+            print(page, "lorad_tenant_tokens_total{tenant=\"");
+            print_label(page, m->tenants[i].name);
+            print(page, "\",kind=\"%s\"} %llu\n", output ? "generated" : "prompt",
+                  (unsigned long long)atomic_load(output ? &m->tenants[i].generation_tokens
+                                                         : &m->tenants[i].prompt_tokens));
+        }
+}
+
 void handle_metrics(struct connection *c, const struct http_request *r, const char *tail) {
     struct metrics *m = c->api->metrics;
     struct page page = {.text = mem_alloc(16384), .room = 16384};
@@ -106,6 +119,7 @@ void handle_metrics(struct connection *c, const struct http_request *r, const ch
     value(&page, "vllm:num_requests_waiting", "gauge", atomic_load(&m->waiting));
     print_pool(&page, m);
     print_lora_info(&page, c->api);
+    print_tenants(&page, m);
     const struct {
         const char *name, *type;
         uint64_t number;

@@ -164,6 +164,7 @@ static void count_token(struct engine *engine, struct sequence *sequence, double
     sequence->token_s = now_s;
     tenants_charge_output(engine->tenants, sequence->item.tenant, 1);
     atomic_fetch_add(&metrics->generation_tokens, 1);
+    atomic_fetch_add(&metrics->tenants[sequence->tenant_place].generation_tokens, 1);
     for (int i = 0; i < sequence->item.adapter_count; i++)
         atomic_fetch_add(&sequence->item.adapters[i]->tokens, 1);
 }

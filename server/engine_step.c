@@ -201,6 +201,9 @@ static void first_start(struct engine *engine, struct sequence *sequence, double
     struct request *request = sequence->request;
     histogram_add(&engine->metrics->queue_time, now_s - sequence->submitted_s);
     atomic_fetch_add(&engine->metrics->prompt_tokens, (uint64_t)request->prompt_count);
+    sequence->tenant_place = metrics_tenant(engine->metrics, request->tenant);
+    atomic_fetch_add(&engine->metrics->tenants[sequence->tenant_place].prompt_tokens,
+                     (uint64_t)request->prompt_count);
     for (int i = 0; i < request->adapter_count; i++)
         atomic_fetch_add(&request->adapters[i]->requests, 1);
     tenants_charge_prompt(engine->tenants, sequence->item.tenant, request->prompt_count);

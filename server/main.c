@@ -47,11 +47,11 @@ static size_t free_memory_bytes(void) {
     return (size_t)kib << 10;
 }
 
-static enum dtype choose_dtype(const struct program *p) {
+static enum dtype choose_dtype(const struct program *p, const struct backend_ops *ops) {
     if (strcmp(p->options.dtype, "f32") == 0) return DTYPE_F32;
     if (strcmp(p->options.dtype, "bf16") == 0) return DTYPE_BF16;
-    if (strcmp(p->options.device, "cuda") == 0 && p->config.stored_dtype != DTYPE_F32)
-        return DTYPE_BF16;
+    // Every card that the CUDA backend opens multiplies bf16.
+    if (!ops->computes_on_host && p->config.stored_dtype != DTYPE_F32) return DTYPE_BF16;
 #ifdef __x86_64__
     __builtin_cpu_init();
     if (p->config.stored_dtype != DTYPE_F32 && __builtin_cpu_supports("avx512bf16"))
@@ -75,13 +75,14 @@ static char *choose_base_id(const struct options *o) {
 // "auto" takes the GPU where this build has CUDA and one opens, and says why when it does not.
 static enum status open_backend(struct program *p, struct error *err) {
     const char *device = p->options.device;
-    struct backend_options options = {.threads = p->options.threads, .dtype = p->dtype};
+    struct backend_options options = {.threads = p->options.threads};
     bool automatic = strcmp(device, "auto") == 0;
     p->ops = backend_find(automatic ? "cuda" : device);
     if (!p->ops && !automatic)
         return error_set(err, STATUS_UNSUPPORTED, "--device %s: this build has no such backend; "
                          "use --device cpu, or build with LORAD_CUDA=ON where nvcc is", device);
     if (p->ops) {
+        p->dtype = options.dtype = choose_dtype(p, p->ops);
         enum status status = p->ops->open(&options, &p->backend, err);
         if (status == STATUS_OK) return status;
         if (!automatic) return error_prefix(err, "--device %s", device);
@@ -89,6 +90,7 @@ static enum status open_backend(struct program *p, struct error *err) {
         error_clear(err);
     }
     p->ops = backend_find("cpu");
+    p->dtype = options.dtype = choose_dtype(p, p->ops);
     return p->ops->open(&options, &p->backend, err);
 }
 
@@ -98,7 +100,6 @@ static enum status load_model(struct program *p, struct error *err) {
     enum status status = model_config_load(o->model, &p->config, err);
     if (status) return status;
     p->context_max = o->max_model_len ? o->max_model_len : p->config.context_max;
-    p->dtype = choose_dtype(p);
     if ((status = open_backend(p, err))) return status;
     log_event(LOG_INFO, "model_loading", "folder=%s backend=%s dtype=%s", o->model, p->ops->name,
               dtype_name(p->dtype));

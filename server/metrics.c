@@ -7,6 +7,9 @@
 
 #include <sched.h>
 #include <stddef.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
 
 enum { NAMES_BYTES = sizeof ((struct metrics *)0)->running_adapters };
 _Static_assert(NAMES_BYTES == 1024, "metrics_names promises buffers of 1024 bytes");
@@ -24,6 +27,19 @@ void histogram_add(struct histogram *histogram, double seconds) {
     atomic_fetch_add_explicit(&histogram->bucket[bucket], 1, memory_order_relaxed);
     atomic_fetch_add_explicit(&histogram->sum_us, (uint64_t)(seconds * 1e6), memory_order_relaxed);
     atomic_fetch_add_explicit(&histogram->count, 1, memory_order_relaxed);
+}
+
+int metrics_tenant(struct metrics *metrics, const char *name) {
+    int count = atomic_load(&metrics->tenant_count);
+    for (int i = 0; i < count; i++)
+        if (strncmp(metrics->tenants[i].name, name, sizeof metrics->tenants[i].name - 1) == 0)
+            return i;
+    if (count == METRICS_TENANTS_MAX) return count - 1;
+    bool last = count == METRICS_TENANTS_MAX - 1;
+    snprintf(metrics->tenants[count].name, sizeof metrics->tenants[count].name, "%s",
+             last ? "others" : name);
+    atomic_store(&metrics->tenant_count, count + 1);
+    return count;
 }
 
 // Byte by byte and atomic, so that a torn read is only ever thrown away, never undefined.

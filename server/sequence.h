@@ -36,6 +36,7 @@ struct sequence {
     int shared_count; // of them, the first that are nodes of the prefix cache
     struct prefix_scope scope; // with whom it may share
     uint64_t scope_tag;        // a part of it, for page tags
+    int tenant_place;          // in the metrics
     int hit_tokens;            // of its prompt, found in the prefix cache when it first started
     uint64_t peek_step;        // when item.tokens_hit was last looked up
     void *swap;                // its KV in host memory (engine_swap.c), or NULL

@@ -24,6 +24,8 @@ def flood_and_ask(server, flood, polite, headers=lambda who: {}):
     assert ask(polite, 5) == 5
     # in order of arrival all of the flood would have been before it
     waiting = server.metric("vllm:num_requests_waiting")
+    assert any(line.startswith("lorad_tenant_tokens_total") and 'kind="generated"} 5' in line
+               for line in server.request("GET", "/metrics")[1].splitlines())
     server.process.kill()  # the flood has served its purpose
     pool.shutdown()
     server.stop()

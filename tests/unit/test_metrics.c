@@ -110,8 +110,25 @@ static void request_defaults(void **state) {
     request_destroy(NULL);
 }
 
+// Catches: one place for two tenants, or places without end.
+static void tenants_have_places(void **state) {
+    (void)state;
+    static struct metrics metrics;
+    char name[16];
+    for (int round = 0; round < 2; round++)
+        for (int i = 0; i < 100; i++) {
+            snprintf(name, sizeof name, "t%d", i);
+            int place = metrics_tenant(&metrics, name);
+            assert_int_equal(place, i < METRICS_TENANTS_MAX - 1 ? i : METRICS_TENANTS_MAX - 1);
+            if (i < METRICS_TENANTS_MAX - 1) assert_string_equal(metrics.tenants[place].name, name);
+        }
+    assert_string_equal(metrics.tenants[METRICS_TENANTS_MAX - 1].name, "others");
+    assert_int_equal(atomic_load(&metrics.tenant_count), METRICS_TENANTS_MAX);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(tenants_have_places),
         cmocka_unit_test(buckets),
         cmocka_unit_test(long_names_are_cut),
         cmocka_unit_test(names_are_never_torn),
