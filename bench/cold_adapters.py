@@ -64,9 +64,9 @@ def write_folder(folder, rank, seed, config):
 # ---------------------------------------------------------------- servers
 
 class Server:
-    def __init__(self, lorad, adapters, *options):
-        command = [lorad, "serve", "--model", str(MODEL), "--load-format", "dummy", "--port", "0",
-                   *options]
+    def __init__(self, lorad, adapters, *options, model=MODEL, dummy=True):
+        command = [lorad, "serve", "--model", str(model), "--load-format",
+                   "dummy" if dummy else "auto", "--port", "0", *options]
         for name, source in adapters:
             command += ["--adapter", f"{name}={source}"]
         begin = time.monotonic()

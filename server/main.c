@@ -11,6 +11,7 @@
 
 #include <dirent.h>
 #include <limits.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -291,6 +292,9 @@ static int serve(int argc, char **argv) {
     enum log_level level = LOG_INFO;
     (void)log_level_parse(p.options.log_level, &level);
     log_configure(level, strcmp(p.options.log_format, "json") == 0);
+    // Weights are mapped one by one, not cut out of a heap that loading has stretched: else the gaps
+    // that their alignment leaves there stay resident.
+    (void)mallopt(M_MMAP_THRESHOLD, 4 << 20);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); // a file over its limit is a failed write, not the end
     if (create(&p, &err)) return fail(&err); // the process ends: nothing to give back

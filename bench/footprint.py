@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""What serving costs before and beside the tokens: time to the first one, memory, and what adapters
+that nobody uses cost the base model.
+
+    bench/compare/make_model.py build/compare/model     (once; needs numpy)
+    python3 bench/footprint.py [--model build/compare/model/hf] [--out bench/results/cpu-footprint.json]
+
+start     from the program's start to its first token, weights in the page cache; resident memory then,
+          and what of it is neither weights nor pool
+base      requests on the base model, sixteen at once, with no adapter registered and with 10,000, in
+          alternation: the ratio of output tokens a second
+"""
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import time
+
+import cold_adapters as cold
+
+HERE = pathlib.Path(__file__).resolve().parent
+POOL = 512 << 20
+
+
+def start(lorad, model):
+    begin = time.monotonic()
+    server = cold.Server(lorad, [], "--pool-bytes", str(POOL), "--served-model-name", "base",
+                         model=model, dummy=False)
+    first = server.stream("base", 1)[0] - begin
+    weights = sum(f.stat().st_size for f in pathlib.Path(model).glob("*.safetensors"))
+    result = {"first_token_s": first, "ready_s": server.start_s, "rss_bytes": server.rss_bytes(),
+              "weight_bytes": weights, "pool_bytes": POOL}
+    result["other_bytes"] = result["rss_bytes"] - weights - POOL
+    server.stop()
+    return result
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__,
+                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--lorad", default="build/lorad")
+    options.add_argument("--bench", default="build/lorad-bench")
+    options.add_argument("--model", default="build/compare/model/hf")
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--out", default=str(HERE / "results" / "cpu-footprint.json"))
+    options = options.parse_args()
+    for file in pathlib.Path(options.model).glob("*.safetensors"):
+        file.read_bytes()  # into the page cache
+    starts = [start(options.lorad, options.model) for _ in range(3)]
+    print(json.dumps(starts[-1]), flush=True)
+    adapters = [(f"a{i:05d}", f"dummy:rank={cold.RANKS[i % 4]},seed={i}") for i in range(10000)]
+    none = cold.Server(options.lorad, [], "--pool-bytes", "1GiB")
+    many = cold.Server(options.lorad, adapters, "--pool-bytes", "1GiB")
+    load = ("--base-only", "--concurrency", "16", "--requests", "128", "--input", "16:64", "--output",
+            "32:64")
+    for server in (none, many):
+        cold.load(options.bench, server, *load)
+    ratios = []
+    for number in range(options.rounds):  # turned round each time
+        order = (none, many) if number % 2 == 0 else (many, none)
+        speed = {server: cold.load(options.bench, server, *load)["output_tokens_per_s"]
+                 for server in order}
+        ratios.append(speed[many] / speed[none])
+        print(number, round(ratios[-1], 4), flush=True)
+    for server in (none, many):
+        server.stop()
+    result = {"what": "start, memory, and idle adapters' cost to the base model",
+              "command": "python3 bench/footprint.py", "date": datetime.date.today().isoformat(),
+              "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True,
+                                       text=True).stdout.strip(),
+              "machine": {"cpu": cold.cpu_name(), "cores": os.cpu_count()},
+              "first_token_s": cold.spread([s["first_token_s"] for s in starts]), "starts": starts,
+              "base_with_10000_registered": cold.spread(ratios)}
+    pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({k: result[k] for k in ("first_token_s", "base_with_10000_registered")}))
+
+
+if __name__ == "__main__":
+    main()
