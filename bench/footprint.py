@@ -30,7 +30,11 @@ def start(lorad, model):
                          model=model, dummy=False)
     first = server.stream("base", 1)[0] - begin
     weights = sum(f.stat().st_size for f in pathlib.Path(model).glob("*.safetensors"))
-    result = {"first_token_s": first, "ready_s": server.start_s, "rss_bytes": server.rss_bytes(),
+    rss, before = server.rss_bytes(), 0
+    while rss > before:  # the pool's pages become present beside serving
+        time.sleep(2)
+        rss, before = server.rss_bytes(), rss
+    result = {"first_token_s": first, "ready_s": server.start_s, "rss_bytes": rss,
               "weight_bytes": weights, "pool_bytes": POOL}
     result["other_bytes"] = result["rss_bytes"] - weights - POOL
     server.stop()

@@ -153,6 +153,18 @@ def compare():
             "prompts of 32, outputs of 48 tokens. From\n" + source(name, result) + ".")
 
 
+def footprint():
+    name = "cpu-footprint.json"
+    result = load(name)
+    base, first = result["base_with_10000_registered"], result["first_token_s"]
+    other = spread([s["other_bytes"] / 2**20 for s in result["starts"]])
+    return (f"From start to first token, 1.1B in bf16 from the page cache: {first['min']:.1f} / "
+            f"{first['median']:.1f} / {first['max']:.1f} s. Resident beside weights and pool: {other} MiB. "
+            f"The base model with 10,000 idle adapters registered against none: {base['min']:.3f} / "
+            f"{base['median']:.3f} / {base['max']:.3f} times the tokens a second. From\n"
+            + source(name, result) + ".")
+
+
 def fairness():
     result = load("cpu-fairness.json")
     flood, polite = result["service"]["flood"], result["service"]["polite"]
