@@ -34,7 +34,8 @@ struct host_store {
     struct {
         void *image;
         size_t bytes;
-    } spare[SPARE_MAX];
+    } spare[SPARE_MAX + 1];
+    size_t spare_bytes;
     int spare_count, undigested; // images whose digest is not known
     struct adapter *wanted[HOST_WANTED_MAX];
     int wanted_count;
@@ -83,32 +84,44 @@ static void list_append(struct host_store *store, struct adapter *adapter) {
     store->newest = adapter;
 }
 
-// Mapping memory anew for each image would interrupt every processor that computes, and
-// page-locking it takes longer than a copy: a few images that went are kept for the next ones of
-// their size. Under the mutex.
-static void *image_create(struct host_store *store, size_t bytes) {
-    for (int i = 0; i < store->spare_count; i++)
-        if (store->spare[i].bytes == bytes) {
-            void *image = store->spare[i].image;
-            store->spare[i] = store->spare[--store->spare_count];
-            return image;
-        }
-    if (store->ops->host_create) return store->ops->host_create(store->backend, bytes);
-    return mem_alloc_aligned(bytes);
-}
-
 static void image_destroy(struct host_store *store, void *image) {
     if (store->ops->host_destroy) store->ops->host_destroy(store->backend, image);
     else free(image);
 }
 
+static void *spare_take(struct host_store *store, int i) {
+    void *image = store->spare[i].image;
+    store->spare_bytes -= store->spare[i].bytes;
+    store->spare[i] = store->spare[--store->spare_count];
+    return image;
+}
+
+// Mapping memory anew for each image would interrupt every processor that computes, and
+// page-locking it takes longer than a copy: a few images that went are kept for the next ones of
+// their size, as far as they fit beside what is in the account. Under the mutex.
+static void spare_trim(struct host_store *store) {
+    while (store->spare_count > SPARE_MAX ||
+           (store->spare_count > 0 &&
+            store->counts.bytes_used + store->spare_bytes > store->options.bytes_max))
+        image_destroy(store, spare_take(store, 0));
+}
+
+// For `bytes` that the account has reserved.
+static void *image_create(struct host_store *store, size_t bytes) {
+    void *image = NULL;
+    for (int i = 0; i < store->spare_count && !image; i++)
+        if (store->spare[i].bytes == bytes) image = spare_take(store, i);
+    spare_trim(store);
+    if (image) return image;
+    if (store->ops->host_create) return store->ops->host_create(store->backend, bytes);
+    return mem_alloc_aligned(bytes);
+}
+
 static void image_free(struct host_store *store, void *image, size_t bytes) {
-    if (store->spare_count == SPARE_MAX) {
-        image_destroy(store, store->spare[0].image);
-        store->spare[0] = store->spare[--store->spare_count];
-    }
     store->spare[store->spare_count].image = image;
     store->spare[store->spare_count++].bytes = bytes;
+    store->spare_bytes += bytes;
+    spare_trim(store);
 }
 
 // Out of the account; the image is the caller's.
@@ -394,7 +407,7 @@ void host_store_destroy(struct host_store *store) {
             atomic_store(&adapter->tier, ADAPTER_IN_HOST);
         }
     }
-    while (store->spare_count > 0) image_destroy(store, store->spare[--store->spare_count].image);
+    while (store->spare_count > 0) image_destroy(store, spare_take(store, 0));
     pthread_mutex_destroy(&store->mutex);
     pthread_cond_destroy(&store->work);
     free(store->threads);
@@ -492,6 +505,7 @@ int host_store_poll(struct host_store *store, struct host_event *events, int max
 bool host_store_reserve(struct host_store *store, size_t bytes) {
     pthread_mutex_lock(&store->mutex);
     bool reserved = reserve(store, bytes, store->wanted_count);
+    spare_trim(store);
     pthread_mutex_unlock(&store->mutex);
     return reserved;
 }

@@ -59,7 +59,8 @@ def test_same_alone_and_in_a_mixed_batch(dummy):
 
 
 def test_prompt_forms_and_echo(dummy):
-    status, answer = dummy.complete(model="a", prompt=[[1, 2], [3, 4, 5]], max_tokens=2, n=2)
+    status, answer = dummy.complete(model="a", prompt=[[1, 2], [3, 4, 5]], max_tokens=2, n=2,
+                                    ignore_eos=True)
     assert status == 200 and [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
     assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13,
                               "prompt_tokens_details": {"cached_tokens": 0}}
