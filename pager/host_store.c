@@ -5,10 +5,9 @@
 #include "base/file.h"
 #include "base/log.h"
 #include "base/memory.h"
+#include "base/thread.h"
 #include "base/verify.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -176,7 +175,6 @@ static bool reserve(struct host_store *store, size_t bytes, int kept) {
         struct adapter *adapter = victim(store, bytes, kept);
         if (!adapter) return false;
         image_free(store, account_remove(store, adapter), adapter->image_bytes);
-        store->counts.dropped++;
     }
     store->counts.bytes_used += bytes;
     return true;
@@ -357,15 +355,11 @@ enum status host_store_create(const struct lora_geometry *geometry, const struct
     VERIFY_OP(pthread_mutex_init(&store->mutex, NULL), ==, 0);
     VERIFY_OP(pthread_cond_init(&store->work, NULL), ==, 0);
     store->threads = mem_zalloc((size_t)options->threads + 1, sizeof *store->threads);
-    sigset_t all, before; // signals go to the thread that expects them
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     int failure = 0;
     while (store->thread_count < options->threads && !failure) {
-        failure = pthread_create(&store->threads[store->thread_count], NULL, loader, store);
+        failure = thread_start(&store->threads[store->thread_count], loader, store);
         store->thread_count += !failure;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
     *out = store;
     if (failure && store->thread_count == 0) {
         host_store_destroy(store);

@@ -67,7 +67,7 @@ void host_store_set_pace(struct host_store *store, enum host_pace pace);
 struct host_store_counts {
     size_t bytes_used, bytes_max;
     int images;
-    uint64_t reads, read_failures, dropped, bytes_read;
+    uint64_t reads, read_failures, bytes_read;
     double read_s, copy_s;  // in all
     uint64_t bytes_copied;
 };

@@ -1,6 +1,6 @@
-// Adapters on their way to the device, beside the steps: engine thread only, once a step, before the
-// plan. Whoever waits for an adapter that is not resident is "cold" (tenants.h) and holds up nobody;
-// here the cold ones, in the order of their turns, get their adapters read and copied.
+// Adapters on their way to the device, beside the steps: engine thread only, once a step, before
+// the plan. Whoever waits for an adapter that is not resident is "cold" (tenants.h) and holds up
+// nobody; here the cold ones, in the order of their turns, get their adapters read and copied.
 //
 // A copy needs pages beside the predicted peak of those who run, and evicts only what nobody waits
 // for. So that nobody waits for ever, there may be one holder: the first of the cold when nothing
@@ -8,18 +8,9 @@
 // got, and the pages that it still lacks are kept from new admissions.
 #include "server/engine_internal.h"
 
-#include "base/log.h"
-#include "base/verify.h"
-
 #include <stdio.h>
 
 enum { COLD_WINDOW = 64, HOLDER_PASSES = 32 };
-
-static bool resident(const struct sched_item *item) {
-    for (int i = 0; i < item->adapter_count; i++)
-        if (!atomic_load_explicit(&item->adapters[i]->resident, memory_order_relaxed)) return false;
-    return true;
-}
 
 // ------------------------------------------------------------------ who waits
 
@@ -27,7 +18,7 @@ void engine_want_adapters(struct engine *engine, struct sequence *sequence, int 
     struct sched_item *item = &sequence->item;
     for (int i = 0; i < item->adapter_count; i++)
         residency_want(engine->residency, item->adapters[i], change);
-    if (change > 0) item->cold = !resident(item);
+    if (change > 0) item->cold = !sched_resident(item);
 }
 
 void engine_release_held(struct engine *engine, struct sequence *sequence, double now_s) {
@@ -46,7 +37,7 @@ static void sort_waiting(struct engine *engine) {
     engine->residency_changes = changes;
     for (int i = 0; i < engine->waiting_count; i++) {
         struct sched_item *item = engine->waiting_list[i];
-        bool cold = !resident(item);
+        bool cold = !sched_resident(item);
         if (cold != item->cold) tenants_set_cold(engine->tenants, item, cold);
     }
 }

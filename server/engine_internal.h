@@ -102,7 +102,6 @@ struct engine {
     struct residency_counts residency_seen; // what metrics have been told
 };
 
-
 double engine_now_s(void); // monotonic
 
 static inline uint64_t page_tag_kv(const struct sequence *sequence) {

@@ -131,7 +131,7 @@ static void plan_running(struct planner *planner, struct sched_item *const *runn
     }
 }
 
-static bool resident(const struct sched_item *item) {
+bool sched_resident(const struct sched_item *item) {
     for (int i = 0; i < item->adapter_count; i++)
         if (!atomic_load_explicit(&item->adapters[i]->resident, memory_order_relaxed)) return false;
     return true;
@@ -195,7 +195,7 @@ static void admit_walk(struct planner *planner, struct sched_item *const *waitin
             return;
         struct sched_item *item = waiting[i];
         if (item->admit) continue;
-        if ((!residents_only || resident(item)) && try_admit(planner, item)) {
+        if ((!residents_only || sched_resident(item)) && try_admit(planner, item)) {
             for (int j = 0; j < i; j++) waiting[j]->passed += !waiting[j]->admit;
             // One of them may now be at its bound; it ends the walk for all behind it.
             for (int j = 0; j < i; j++)

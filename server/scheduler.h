@@ -66,6 +66,8 @@ struct sched_plan sched_plan(struct sched_item *const *running, int running_coun
                              struct sched_item *const *waiting, int waiting_count,
                              const struct sched_limits *limits, struct sched_scratch *scratch);
 
+// Every adapter of it is.
+bool sched_resident(const struct sched_item *item);
 bool sched_before(const struct sched_item *a, const struct sched_item *b);
 
 // The predicted peak of the running sequences' own pages.

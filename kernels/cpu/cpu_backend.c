@@ -10,10 +10,9 @@
 #include "kernels/cpu/cpu_internal.h"
 
 #include "base/memory.h"
+#include "base/thread.h"
 #include "base/verify.h"
 
-#include <pthread.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -69,11 +68,7 @@ static void *cpu_memory_create(struct backend *b, size_t bytes) {
     large->bytes = bytes;
     large->next = b->large;
     b->large = large;
-    sigset_t all, before; // signals go to the thread that expects them
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    large->has_thread = pthread_create(&large->thread, NULL, populate, large) == 0;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    large->has_thread = thread_start(&large->thread, populate, large) == 0;
     return memory;
 }
 

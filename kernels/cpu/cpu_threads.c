@@ -8,11 +8,11 @@
 #include "kernels/cpu/cpu_threads.h"
 
 #include "base/memory.h"
+#include "base/thread.h"
 #include "base/verify.h"
 
 #include <pthread.h>
 #include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -99,18 +99,14 @@ struct cpu_threads *cpu_threads_create(int count) {
     pthread_mutex_init(&threads->lock, NULL);
     pthread_cond_init(&threads->wake, NULL);
     threads->workers = mem_zalloc((size_t)count, sizeof *threads->workers);
-    sigset_t all, before; // signals go to the thread that expects them
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int i = 1; i < count; i++) {
         struct worker *worker = &threads->workers[i - 1];
         *worker = (struct worker){.owner = threads, .index = i};
-        if (pthread_create(&worker->thread, NULL, worker_main, worker) != 0) {
+        if (thread_start(&worker->thread, worker_main, worker) != 0) {
             threads->count = i; // fewer threads are slower, not wrong
             break;
         }
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
     return threads;
 }
 
