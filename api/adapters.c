@@ -64,11 +64,10 @@ static json_t *adapter_json(const struct adapter *a) {
     const char *digest = atomic_load(&a->digest_known) ? a->digest : NULL; // once it has been read
     return json_pack("{s:s,s:s,s:i,s:o,s:I,s:i,s:i,s:o,s:s?,s:I,s:b,s:I,s:I}", "id", a->name, "tier",
                      atomic_load(&a->resident) ? "device" : tiers[atomic_load(&a->tier)], "rank",
-                     rank, "modules",
-                     modules, "bytes", (json_int_t)a->image_bytes, "pages", a->page_count, "refs",
+                     rank, "modules", modules, "bytes", (json_int_t)a->image_bytes, "pages", a->page_count, "refs",
                      atomic_load(&a->refs), "last_used", last_used, "digest", digest, "generation",
-                     (json_int_t)a->generation, "pinned", atomic_load(&a->pinned), "requests", (json_int_t)atomic_load(&a->requests),
-                     "tokens", (json_int_t)atomic_load(&a->tokens));
+                     (json_int_t)a->generation, "pinned", atomic_load(&a->pinned), "requests",
+                     (json_int_t)atomic_load(&a->requests), "tokens", (json_int_t)atomic_load(&a->tokens));
 }
 
 void handle_adapters(struct connection *c, const struct http_request *r, const char *tail) {
@@ -127,7 +126,7 @@ static enum status beneath_root(const struct api *api, const char **path, struct
 // Where `path` leads: a root for adapter_load, and the path that it takes.
 static enum status resolve(const struct api *api, const char **path, int *root, struct error *err) {
     *root = -1;
-    if (strncmp(*path, "dummy:", 6) != 0) {
+    if (!adapter_is_dummy(*path)) {
         *root = api->root;
         return beneath_root(api, path, err);
     }
@@ -156,6 +155,15 @@ static void stamp_text(const struct adapter_stamp *stamp, char text[STAMP_BYTES]
              (long long)stamp->changed_ns);
 }
 
+// The name leads to the adapter from now on, or, when it is NULL, to what it led to before.
+static void publish(struct api *api, const char *name, struct adapter *adapter, bool pinned) {
+    if (adapter && pinned) {
+        atomic_store(&adapter->pinned, true);
+        engine_prefetch(api->engine, adapter, NULL); // too many: it comes when it is used
+    }
+    registry_commit(api->setup.registry, name, adapter);
+}
+
 static void load_work(struct offload *offload) {
     struct load *load = (struct load *)offload;
     struct store *store = offload->api->setup.store;
@@ -177,11 +185,7 @@ static void load_work(struct offload *offload) {
         }
     }
     if (adapter) engine_adopt(offload->api->engine, adapter);
-    if (adapter && load->pinned) {
-        atomic_store(&adapter->pinned, true);
-        engine_prefetch(offload->api->engine, adapter, NULL); // too many: it comes when used
-    }
-    registry_commit(offload->api->setup.registry, load->name, adapter);
+    publish(offload->api, load->name, adapter, load->pinned);
 }
 
 static void respond_put(struct connection *c, const struct load *load) {
@@ -298,14 +302,6 @@ static struct adapter *reopen(const struct api *api, const struct store_entry *e
     return adapter;
 }
 
-static void restored(struct api *api, const struct store_entry *entry, struct adapter *adapter) {
-    if (adapter && entry->pinned) {
-        atomic_store(&adapter->pinned, true);
-        engine_prefetch(api->engine, adapter, NULL);
-    }
-    registry_commit(api->setup.registry, entry->name, adapter);
-}
-
 static enum status restore_one(struct api *api, const struct store_entry *entry,
                                struct error *err) {
     struct registry *registry = api->setup.registry;
@@ -315,7 +311,7 @@ static enum status restore_one(struct api *api, const struct store_entry *entry,
     if (status) return status;
     bool same_dtype = strcmp(entry->dtype, image_dtype(api)) == 0;
     if (same_dtype && (adapter = reopen(api, entry))) {
-        restored(api, entry, adapter);
+        publish(api, entry->name, adapter, entry->pinned);
         return STATUS_OK;
     }
     status = load_adapter(&load, &adapter);
@@ -328,7 +324,7 @@ static enum status restore_one(struct api *api, const struct store_entry *entry,
         adapter = NULL;
     }
     if (adapter) engine_adopt(api->engine, adapter);
-    restored(api, entry, adapter);
+    publish(api, entry->name, adapter, entry->pinned);
     return status;
 }
 
@@ -350,33 +346,71 @@ enum status api_restore(struct api *api, struct error *err) {
 
 // ------------------------------------------------------------------ POST /v1/adapters/{id}/{action}
 
-static enum status act(struct api *api, struct adapter *adapter, const char *action,
-                       struct error *err) {
-    if (strcmp(action, "prefetch") == 0) return engine_prefetch(api->engine, adapter, err);
-    bool pin = strcmp(action, "pin") == 0;
-    struct store *store = api->setup.store; // a write of one row, as long as an fsync
-    enum status status =
-        store ? store_set_pinned(store, adapter->name, pin, err) : STATUS_OK;
-    if (status) return status;
-    atomic_store(&adapter->pinned, pin);
-    return engine_prefetch(api->engine, adapter, err);
+struct pin {
+    struct offload offload;
+    struct connection *connection; // NULL once the client has gone; the pin stays
+    struct adapter *adapter;       // a reference
+    bool pinned;
+    struct error err;
+};
+
+static void pin_gone(void *exchange) {
+    ((struct pin *)exchange)->connection = NULL;
+}
+
+static void pin_work(struct offload *offload) {
+    struct pin *pin = (struct pin *)offload;
+    struct store *store = offload->api->setup.store;
+    if (store)
+        pin->err.status = store_set_pinned(store, pin->adapter->name, pin->pinned, &pin->err);
+}
+
+static void respond_hint(struct connection *c, struct adapter *adapter) {
+    struct error err = {0};
+    if (engine_prefetch(c->api->engine, adapter, &err)) respond_error(c, &err);
+    else respond_json(c, 200, adapter_json(adapter));
+}
+
+static void pin_done(struct offload *offload) {
+    struct pin *pin = (struct pin *)offload;
+    struct connection *c = pin->connection;
+    if (!pin->err.status) atomic_store(&pin->adapter->pinned, pin->pinned);
+    if (c && pin->err.status) respond_error(c, &pin->err);
+    else if (c) respond_hint(c, pin->adapter);
+    else if (!pin->err.status) engine_prefetch(offload->api->engine, pin->adapter, NULL);
+    adapter_unref(pin->adapter);
+    free(pin);
+}
+
+// Takes the reference. It is on the disk before the answer, as a load is.
+static void pin_start(struct connection *c, struct adapter *adapter, bool pinned) {
+    struct pin *pin = mem_zalloc(1, sizeof *pin);
+    *pin = (struct pin){.connection = c, .adapter = adapter, .pinned = pinned};
+    pin->offload.work = pin_work;
+    pin->offload.done = pin_done;
+    c->exchange = pin;
+    c->gone = pin_gone;
+    offload_start(c->api, &pin->offload);
 }
 
 void handle_adapter_action(struct connection *c, const struct http_request *r, const char *tail) {
     const char *slash = strrchr(tail, '/'), *action = slash ? slash + 1 : "";
-    if (strcmp(action, "pin") != 0 && strcmp(action, "unpin") != 0 &&
-        strcmp(action, "prefetch") != 0) {
+    bool pin = strcmp(action, "pin") == 0, unpin = strcmp(action, "unpin") == 0;
+    if (!pin && !unpin && strcmp(action, "prefetch") != 0) {
         respond_refusal(c, 404, NULL, NULL, "an adapter knows pin, unpin and prefetch");
         return;
     }
     char *name = mem_strndup(tail, (size_t)(slash - tail));
     struct adapter *adapter = registry_find(c->api->setup.registry, name);
-    struct error err = {0};
     free(name);
-    if (!adapter) respond_refusal(c, 404, "id", NULL, "there is no such adapter");
-    else if (act(c->api, adapter, action, &err)) respond_error(c, &err);
-    else respond_json(c, 200, adapter_json(adapter));
-    adapter_unref(adapter);
+    if (!adapter) {
+        respond_refusal(c, 404, "id", NULL, "there is no such adapter");
+    } else if (pin || unpin) {
+        pin_start(c, adapter, pin);
+    } else {
+        respond_hint(c, adapter);
+        adapter_unref(adapter);
+    }
 }
 
 // ------------------------------------------------------------------ unloading

@@ -105,6 +105,8 @@ MUST_CHECK enum status adapter_read(const struct lora_geometry *geometry, struct
                                     struct error *err);
 // Computes the digest of what adapter_read filled, where it is not known yet.
 void adapter_digest(struct adapter *adapter, const void *image, const struct adapter_pause *pause);
+// Whether `path` is a description of a seeded adapter, not a folder.
+bool adapter_is_dummy(const char *path);
 // Tells a restored adapter what its files held; before it is shared.
 void adapter_set_digest(struct adapter *adapter, const char *digest,
                         const struct adapter_stamp *stamp);

@@ -2,6 +2,7 @@
 // freed with its last reference. Any thread.
 #include "pager/adapter_internal.h"
 
+#include "base/file.h"
 #include "base/memory.h"
 #include "base/sha256.h"
 #include "base/verify.h"
@@ -85,14 +86,27 @@ static const char *dummy_text(const char *path) {
     return strncmp(path, DUMMY, strlen(DUMMY)) == 0 ? path + strlen(DUMMY) : NULL;
 }
 
-// The ranks of what lies at `path`; the files stay open.
-static enum status source_open(const struct lora_geometry *geometry, int root, const char *path,
-                               struct adapter_source *source, struct adapter_files *files,
+bool adapter_is_dummy(const char *path) {
+    return dummy_text(path) != NULL;
+}
+
+static enum status dummy_ranks(const struct lora_geometry *geometry, const char *text,
                                int32_t *ranks, struct error *err) {
-    enum status status = adapter_source_open(root, path, source, err);
+    struct adapter_dummy dummy;
+    enum status status = adapter_dummy_parse(geometry, text, &dummy, err);
+    if (status == STATUS_OK) adapter_dummy_ranks(&dummy, ranks);
+    return status;
+}
+
+static enum status folder_ranks(const struct lora_geometry *geometry, int root, const char *path,
+                                int32_t *ranks, struct error *err) {
+    struct adapter_source source;
+    struct adapter_files files;
+    enum status status = adapter_source_open(root, path, &source, err);
     if (status != STATUS_OK) return status;
-    status = adapter_files_open(geometry, source->folder, files, ranks, err);
-    if (status != STATUS_OK) adapter_source_close(source);
+    status = adapter_files_open(geometry, source.folder, &files, ranks, err);
+    adapter_files_close(&files);
+    adapter_source_close(&source);
     return status;
 }
 
@@ -100,20 +114,9 @@ enum status adapter_open(const struct lora_geometry *geometry, const char *name,
                          const char *path, struct adapter **out, struct error *err) {
     *out = NULL;
     struct adapter *adapter = adapter_new(name, root, path);
-    enum status status;
-    if (dummy_text(path)) {
-        struct adapter_dummy dummy;
-        status = adapter_dummy_parse(geometry, dummy_text(path), &dummy, err);
-        if (status == STATUS_OK) adapter_dummy_ranks(&dummy, adapter->rank);
-    } else {
-        struct adapter_source source;
-        struct adapter_files files;
-        status = source_open(geometry, root, path, &source, &files, adapter->rank, err);
-        if (status == STATUS_OK) {
-            adapter_files_close(&files);
-            adapter_source_close(&source);
-        }
-    }
+    const char *dummy = dummy_text(path);
+    enum status status = dummy ? dummy_ranks(geometry, dummy, adapter->rank, err)
+                               : folder_ranks(geometry, root, path, adapter->rank, err);
     if (status == STATUS_OK) status = layout(geometry, adapter, err);
     if (status != STATUS_OK) {
         adapter_unref(adapter);
@@ -125,23 +128,29 @@ enum status adapter_open(const struct lora_geometry *geometry, const char *name,
 
 // ------------------------------------------------------------------ what they hold
 
+static enum status stamp_of(const struct adapter_source *source, struct adapter_stamp *stamp,
+                            struct error *err) {
+    char *file = path_join(source->folder, ADAPTER_WEIGHTS);
+    struct stat info;
+    int failure = stat(file, &info);
+    free(file);
+    if (failure)
+        return error_set(err, STATUS_INVALID, ADAPTER_WEIGHTS ": there is no such file in the "
+                         "adapter's folder");
+    *stamp = (struct adapter_stamp){(uint64_t)info.st_dev, (uint64_t)info.st_ino,
+                                    (uint64_t)info.st_size,
+                                    info.st_mtim.tv_sec * 1000000000ll + info.st_mtim.tv_nsec};
+    return STATUS_OK;
+}
+
 enum status adapter_stamp_now(int root, const char *path, struct adapter_stamp *stamp,
                               struct error *err) {
     *stamp = (struct adapter_stamp){0};
-    if (dummy_text(path)) return STATUS_OK;
+    if (adapter_is_dummy(path)) return STATUS_OK;
     struct adapter_source source;
     enum status status = adapter_source_open(root, path, &source, err);
     if (status != STATUS_OK) return status;
-    char *file = mem_alloc(strlen(source.folder) + sizeof "/" ADAPTER_WEIGHTS);
-    stpcpy(stpcpy(file, source.folder), "/" ADAPTER_WEIGHTS);
-    struct stat info;
-    if (stat(file, &info) == 0)
-        *stamp = (struct adapter_stamp){(uint64_t)info.st_dev, (uint64_t)info.st_ino,
-                                        (uint64_t)info.st_size,
-                                        info.st_mtim.tv_sec * 1000000000ll + info.st_mtim.tv_nsec};
-    else status = error_set(err, STATUS_INVALID, ADAPTER_WEIGHTS ": there is no such file in the "
-                            "adapter's folder");
-    free(file);
+    status = stamp_of(&source, stamp, err);
     adapter_source_close(&source);
     return status;
 }
@@ -174,17 +183,33 @@ static enum status files_changed(struct error *err) {
                      "load it again");
 }
 
-static enum status folder_read(const struct lora_geometry *geometry, struct adapter *adapter,
-                               void *image, const struct adapter_pause *pause, struct error *err) {
-    struct adapter_source source;
+static enum status files_read(const struct lora_geometry *geometry, struct adapter *adapter,
+                              const char *folder, void *image, const struct adapter_pause *pause,
+                              struct error *err) {
     struct adapter_files files;
     int32_t ranks[LORA_MODULES] = {0};
-    enum status status =
-        source_open(geometry, adapter->root, adapter->path, &source, &files, ranks, err);
+    enum status status = adapter_files_open(geometry, folder, &files, ranks, err);
     if (status != STATUS_OK) return status;
     if (memcmp(ranks, adapter->rank, sizeof ranks) != 0) status = files_changed(err);
     else status = adapter_files_read(geometry, adapter, &files, image, pause, err);
     adapter_files_close(&files);
+    return status;
+}
+
+// `stamp` is of the files before they were read, and after.
+static enum status folder_read(const struct lora_geometry *geometry, struct adapter *adapter,
+                               void *image, struct adapter_stamp *stamp,
+                               const struct adapter_pause *pause, struct error *err) {
+    struct adapter_source source;
+    struct adapter_stamp after = {0};
+    enum status status = adapter_source_open(adapter->root, adapter->path, &source, err);
+    if (status != STATUS_OK) return status;
+    status = stamp_of(&source, stamp, err);
+    if (status == STATUS_OK)
+        status = files_read(geometry, adapter, source.folder, image, pause, err);
+    if (status == STATUS_OK) status = stamp_of(&source, &after, err);
+    if (status == STATUS_OK && memcmp(stamp, &after, sizeof after) != 0)
+        status = files_changed(err);
     adapter_source_close(&source);
     return status;
 }
@@ -199,21 +224,16 @@ void adapter_digest(struct adapter *adapter, const void *image, const struct ada
 // same one and unchanged, so are its bytes.
 enum status adapter_read(const struct lora_geometry *geometry, struct adapter *adapter, void *image,
                          const struct adapter_pause *pause, struct error *err) {
-    struct adapter_stamp stamp;
-    enum status status = adapter_stamp_now(adapter->root, adapter->path, &stamp, err);
-    if (status != STATUS_OK) return status;
-    if (dummy_text(adapter->path)) {
+    struct adapter_stamp stamp = {0};
+    enum status status = STATUS_OK;
+    const char *text = dummy_text(adapter->path);
+    if (text) {
         struct adapter_dummy dummy;
-        status = adapter_dummy_parse(geometry, dummy_text(adapter->path), &dummy, err);
+        status = adapter_dummy_parse(geometry, text, &dummy, err);
         VERIFY_OP(status, ==, STATUS_OK); // adapter_open read it
         adapter_dummy_fill(geometry, adapter, &dummy, image, pause);
     } else {
-        struct adapter_stamp after = {0};
-        status = folder_read(geometry, adapter, image, pause, err);
-        if (status == STATUS_OK)
-            status = adapter_stamp_now(adapter->root, adapter->path, &after, err);
-        if (status == STATUS_OK && memcmp(&stamp, &after, sizeof stamp) != 0)
-            status = files_changed(err);
+        status = folder_read(geometry, adapter, image, &stamp, pause, err);
     }
     if (status != STATUS_OK) return status;
     if (adapter->stamped && memcmp(&stamp, &adapter->stamp, sizeof stamp) != 0) {

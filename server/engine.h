@@ -91,7 +91,7 @@ void engine_cancel(struct engine *engine, struct request *request); // a termina
 // STATUS_NOT_FOUND. The name must lead to it no more. API thread.
 void engine_force_out(struct engine *engine, struct adapter *adapter);
 // The adapter's image is brought to host memory and, where pages are free, to the device; also to
-// be called after `pinned` has changed. API thread. STATUS_FULL: too many such hints
+// be called after `pinned` has changed. Any thread. STATUS_FULL: too many such hints
 // wait; it is a hint: nothing else follows.
 enum status engine_prefetch(struct engine *engine, struct adapter *adapter, struct error *err);
 // An adapter that adapter_load has read: its image counts in host_bytes from now on. Any thread.

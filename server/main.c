@@ -180,7 +180,7 @@ static enum status register_adapter(struct program *p, const char *name, const c
     if (!status && restored(p, name)) return STATUS_OK;
     if (!status) status = registry_begin(p->registry, name, false, err);
     if (!status) {
-        if (strncmp(source, "dummy:", 6) == 0 && !p->dummy)
+        if (adapter_is_dummy(source) && !p->dummy)
             status = error_set(err, STATUS_FORBIDDEN, "dummy: adapters need --load-format dummy");
         else
             status =
