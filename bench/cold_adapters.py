@@ -17,20 +17,19 @@ projections). Both are asked the same requests, over 5 and over all 10,000 by a 
             in, four a second; while 100 on cold ones do
 """
 import argparse
-import datetime
 import http.client
 import json
-import os
 import pathlib
 import random
 import shutil
 import signal
-import statistics
 import struct
 import subprocess
 import tempfile
 import threading
 import time
+
+from record import save, spread
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODEL = HERE / "models" / "llama-160m"
@@ -140,10 +139,6 @@ OPEN = ("--rate", "8", "--requests", "200", "--alpha", "0.2", "--input", "16:64"
         "16:48")
 
 
-def spread(values):
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
-
-
 def fit(bench, few, many, rounds, read_bytes_per_s):
     for server in (few, many):
         load(bench, server, *CLOSED)  # the first pass brings them
@@ -246,11 +241,6 @@ def read_bandwidth(bench):
         return json.load(open(out.name, encoding="utf-8"))["limits"]["read_bytes_per_s"]
 
 
-def cpu_name():
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
-
-
 def main():
     options = argparse.ArgumentParser(description=__doc__,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -291,15 +281,9 @@ def main():
             server.stop()
     finally:
         shutil.rmtree(root)
-    result = {
-        "what": "10,000 registered adapters against 5; cold adapters beside a stream; "
-                "160M-parameter model, dummy weights, bf16",
-        "command": "python3 bench/cold_adapters.py", "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True,
-                                 text=True).stdout.strip(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "read_bytes_per_s": bandwidth},
-        **results}
-    pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    save(options.out, "10,000 registered adapters against 5; cold adapters beside a stream; "
+                      "160M-parameter model, dummy weights, bf16",
+         "python3 bench/cold_adapters.py", results, read_bytes_per_s=bandwidth)
     for part in ("fit", "calm", "thrash"):
         print(part, json.dumps({k: v for k, v in results[part].items() if k != "runs" and
                                 not isinstance(v, dict) or "min" in v}))

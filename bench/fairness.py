@@ -11,15 +11,15 @@ waiting, what they got must not drift apart by more than the paper's bound (theo
 order alone would be 60 in 66.
 """
 import argparse
-import datetime
 import http.client
 import json
-import os
 import pathlib
 import random
 import subprocess
 import threading
 import time
+
+from record import save
 
 HERE = pathlib.Path(__file__).resolve().parent
 MODEL = HERE / "models" / "llama-160m"
@@ -123,13 +123,10 @@ def main():
     differences = [at(service.curve["flood"], m) - at(service.curve["polite"], m) for m in moments]
     drift = max(differences) - min(differences)
     shares = {name: at(service.curve[name], SECONDS - 1) for name in TENANTS}
-    result = {"what": "service of two tenants, one of which floods", "date":
-              datetime.date.today().isoformat(), "command": "python3 bench/fairness.py",
-              "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True,
-                                       text=True).stdout.strip(),
-              "machine": {"cores": os.cpu_count()}, "inside": TENANTS, "service": shares,
-              "drift": drift, "bound": bound, "within": drift <= bound}
-    pathlib.Path(options.out + ".json").write_text(json.dumps(result, indent=1) + "\n")
+    result = save(options.out + ".json", "service of two tenants, one of which floods",
+                  "python3 bench/fairness.py", {"inside": TENANTS, "service": shares,
+                                                "drift": drift, "bound": bound,
+                                                "within": drift <= bound})
     pathlib.Path(options.out + ".svg").write_text(svg(service.curve, bound))
     print(json.dumps(result))
     return 0 if drift <= bound else 1

@@ -11,14 +11,12 @@ base      requests on the base model, sixteen at once, with no adapter registere
           alternation: the ratio of output tokens a second
 """
 import argparse
-import datetime
 import json
-import os
 import pathlib
-import subprocess
 import time
 
 import cold_adapters as cold
+from record import save, spread
 
 HERE = pathlib.Path(__file__).resolve().parent
 POOL = 512 << 20
@@ -70,14 +68,10 @@ def main():
         print(number, round(ratios[-1], 4), flush=True)
     for server in (none, many):
         server.stop()
-    result = {"what": "start, memory, and idle adapters' cost to the base model",
-              "command": "python3 bench/footprint.py", "date": datetime.date.today().isoformat(),
-              "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True,
-                                       text=True).stdout.strip(),
-              "machine": {"cpu": cold.cpu_name(), "cores": os.cpu_count()},
-              "first_token_s": cold.spread([s["first_token_s"] for s in starts]), "starts": starts,
-              "base_with_10000_registered": cold.spread(ratios)}
-    pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    result = save(options.out, "start, memory, and idle adapters' cost to the base model",
+                  "python3 bench/footprint.py",
+                  {"first_token_s": spread([s["first_token_s"] for s in starts]), "starts": starts,
+                   "base_with_10000_registered": spread(ratios)})
     print(json.dumps({k: result[k] for k in ("first_token_s", "base_with_10000_registered")}))
 
 

@@ -9,16 +9,15 @@ alternation; the ratio of output tokens per second is given as minimum, median a
 """
 import argparse
 import concurrent.futures
-import datetime
 import http.client
 import json
-import os
 import pathlib
-import platform
 import signal
 import statistics
 import subprocess
 import time
+
+from record import save, spread
 
 HERE = pathlib.Path(__file__).resolve().parent
 ADAPTERS, PROMPT, OUTPUT = 16, 32, 48
@@ -57,12 +56,6 @@ def side(port, concurrency):
             "ttft_mean_s": statistics.mean(f for _, f in results)}
 
 
-def cpu_name():
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next((line.split(":", 1)[1].strip() for line in file if "model name" in line),
-                    platform.machine())
-
-
 def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--lorad", default="build/lorad")
@@ -86,16 +79,9 @@ def main():
     server.wait(60)
     ratios = [r["together"]["output_tokens_per_s"] / r["one_after_another"]["output_tokens_per_s"]
               for r in rounds]
-    result = {
-        "what": "16 concurrent requests on 16 distinct rank-16 all-7 adapters against the same 16 "
-                "one after another; TinyLlama-1.1B shape, dummy weights, bf16",
-        "command": "python3 bench/many_adapters.py", "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True,
-                                 text=True).stdout.strip(),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
-        "ratio": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)},
-        "rounds": rounds}
-    pathlib.Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    result = save(options.out, "16 concurrent requests on 16 distinct rank-16 all-7 adapters against "
+                               "the same 16 one after another; TinyLlama-1.1B shape, dummy weights, bf16",
+                  "python3 bench/many_adapters.py", {"ratio": spread(ratios), "rounds": rounds})
     print(json.dumps(result["ratio"]))
 
 

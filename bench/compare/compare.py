@@ -17,9 +17,7 @@ Writes JSON, a Markdown table with minimum, median and maximum, and a plot. An e
 installed, or does not start, is named with the reason.
 """
 import argparse
-import datetime
 import json
-import os
 import pathlib
 import random
 import statistics
@@ -28,8 +26,9 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 import engines  # noqa: E402
+from record import save, spread  # noqa: E402
 
 PROMPT, OUTPUT, MANY, LONG = 32, 48, 16, 512
 CASES = ("decode 1", "base 16", "adapters 16", "prefill 512")
@@ -65,10 +64,6 @@ def limits(bench, config):
         subprocess.run([bench, "roofline", "--model", str(config), "--batch", "1,16", "--rank", "16",
                         "--json", out.name], check=True, stdout=subprocess.DEVNULL)
         return json.load(open(out.name, encoding="utf-8"))["limits"]
-
-
-def spread(values):
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def summarize(rounds):
@@ -124,11 +119,6 @@ def svg(result):
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
-def cpu_name():
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,15 +156,11 @@ def main():
             finally:
                 engine.stop()
     rounds = [{n: m for n, m in r.items() if n not in missing} for r in rounds]
-    result = {"what": "lorad and other engines on one machine, in alternation; TinyLlama-1.1B shape, "
-                      "random weights, bf16",
-              "command": "make compare", "date": datetime.date.today().isoformat(),
-              "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True,
-                                       text=True).stdout.strip(),
-              "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
-              "limits": limits(options.bench, HERE.parent / "models" / "tinyllama-1.1b"),
-              "start_s": start_s, "missing": missing, "table": summarize(rounds), "rounds": rounds}
-    pathlib.Path(options.out + ".json").write_text(json.dumps(result, indent=1) + "\n")
+    result = save(options.out + ".json", "lorad and other engines on one machine, in alternation; "
+                                         "TinyLlama-1.1B shape, random weights, bf16", "make compare",
+                  {"limits": limits(options.bench, HERE.parent / "models" / "tinyllama-1.1b"),
+                   "start_s": start_s, "missing": missing, "table": summarize(rounds),
+                   "rounds": rounds})
     pathlib.Path(options.out + ".md").write_text(markdown(result))
     pathlib.Path(options.out + ".svg").write_text(svg(result))
     print(markdown(result))

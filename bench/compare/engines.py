@@ -10,7 +10,6 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
