@@ -22,7 +22,7 @@
 extern "C" {
 #endif
 
-enum { PAGE_TOKENS = 16, LORA_RANK_MAX = 256, LORA_TARGETS_MAX = 3 };
+enum { PAGE_TOKENS = 16, LORA_RANK_MAX = 256, LORA_TARGETS_MAX = 3, LORA_PANEL = 64 };
 
 // In this order in every adapter image.
 enum lora_module { LORA_Q, LORA_K, LORA_V, LORA_O, LORA_GATE, LORA_UP, LORA_DOWN, LORA_MODULES };
@@ -52,8 +52,9 @@ struct attention_span {
 };
 
 // One adapter over consecutive tokens of the step. A layer image's element e lies at
-// page pages[e / page_elems], offset e % page_elems, in every layer. A is [r, in], B is [out, r]
-// with the scaling folded in. rank[m] == 0: the adapter has no module m.
+// page pages[e / page_elems], offset e % page_elems, in every layer. A is [r, in]. B, with
+// the scaling folded in, comes in panels of LORA_PANEL columns of y (the last may be narrower), each
+// [r, columns]: both are read from end to end. rank[m] == 0: the adapter has no module m.
 struct lora_segment {
     int32_t token_first, token_count;
     int32_t v_first; // first row of this segment in the scratch v

@@ -124,7 +124,7 @@ static enum status check_pairs(const struct lora_geometry *geometry,
 }
 
 // Where matrices pass through, a block at a time.
-enum { BLOCK_ELEMENTS = 8192 };
+enum { BLOCK_ELEMENTS = LORA_PANEL * LORA_RANK_MAX };
 struct reader {
     const struct lora_geometry *geometry;
     const struct safetensors *file;
@@ -143,15 +143,32 @@ static bool scale_values(float *values, size_t count, float scale) {
     return finite;
 }
 
-// Reads one matrix into rows of `stride` image elements, multiplied by `scale`.
+// Rows [first, first + count) of B [out, r] -> panels of the image (kernels/backend.h), which are for
+// image_rank >= r. They are whole panels, or the last rows.
+static void put_panels(struct reader *r, char *to, size_t image_rank, size_t out, size_t first,
+                       size_t count, size_t rank) {
+    enum dtype dtype = r->geometry->dtype;
+    for (size_t row = 0; row < count; row += LORA_PANEL) {
+        size_t left = out - first - row, columns = left < LORA_PANEL ? left : LORA_PANEL;
+        char *panel = to + (first + row) * image_rank * dtype_bytes(dtype);
+        for (size_t j = 0; j < rank; j++) {
+            float column[LORA_PANEL];
+            for (size_t i = 0; i < columns; i++) column[i] = r->values[(row + i) * rank + j];
+            dtype_convert(panel + j * columns * dtype_bytes(dtype), dtype, column, DTYPE_F32,
+                          columns);
+        }
+    }
+}
+
+// Reads one matrix, multiplied by `scale`: A as it is, or, with an image_rank, B into its panels.
 static enum status read_matrix(struct reader *r, const struct tensor_info *info, char *to,
-                               size_t stride, float scale, struct error *err) {
+                               size_t image_rank, float scale, struct error *err) {
     enum status status = safetensors_read(r->file, info, r->raw, err);
     if (status != STATUS_OK) return status;
     size_t rows = (size_t)info->shape[0], columns = (size_t)info->shape[1];
     size_t bytes = dtype_bytes(r->geometry->dtype), raw_bytes = dtype_bytes(info->dtype);
     size_t at_once = columns < BLOCK_ELEMENTS ? BLOCK_ELEMENTS / columns : 1;
-    VERIFY_OP(columns, <=, stride);
+    if (image_rank > 0) at_once = at_once / LORA_PANEL * LORA_PANEL;
     for (size_t row = 0; row < rows; row += at_once) {
         size_t count = rows - row < at_once ? rows - row : at_once;
         const char *from = (const char *)r->raw + row * columns * raw_bytes;
@@ -160,9 +177,10 @@ static enum status read_matrix(struct reader *r, const struct tensor_info *info,
             return error_set(err, STATUS_INVALID, ADAPTER_WEIGHTS ": tensor %.120s holds a value "
                              "that is NaN, infinite, or too large once scaled; all must be finite",
                              info->name);
-        for (size_t i = 0; i < count; i++)
-            dtype_convert(to + (row + i) * stride * bytes, r->geometry->dtype,
-                          r->values + i * columns, DTYPE_F32, columns);
+        if (image_rank > 0) put_panels(r, to, image_rank, rows, row, count, columns);
+        else
+            dtype_convert(to + row * columns * bytes, r->geometry->dtype, r->values, DTYPE_F32,
+                          count * columns);
         adapter_pause(r->pause);
     }
     return STATUS_OK;
@@ -189,7 +207,7 @@ enum status adapter_files_read(const struct lora_geometry *geometry, const struc
         if (!pair->a) continue;
         status = read_matrix(&reader, pair->a, adapter_image_at(geometry, adapter, image, layer,
                                                                 adapter->a_offset[module]),
-                             (size_t)geometry->in[module], 1.0f, err);
+                             0, 1.0f, err);
         if (status != STATUS_OK) break;
         status = read_matrix(&reader, pair->b, adapter_image_at(geometry, adapter, image, layer,
                                                                 adapter->b_offset[module]),

@@ -3,8 +3,8 @@
 // that knows about pages, segments, spans or threads lies above this table and is compiled once.
 //
 // The centre is the tile: y[R rows, 16 columns a panel] (+)= x[R, k] * w[k, 16]. A panel is 16
-// columns of a matrix with k running outwards. Base weights are stored as panels; attention and
-// LoRA turn pages into panels on the fly (transpose) and then use the same tile.
+// columns of a matrix with k running outwards. Base weights are stored as panels; attention turns
+// pages into panels on the fly (transpose) and then uses the same tile. LoRA reads rows as they lie.
 // Each y element is one accumulator that runs over k in ascending order, whatever R and the number
 // of panels: a row's result does not depend on the rows beside it.
 #ifndef LORAD_KERNELS_CPU_ISA_H
@@ -32,6 +32,33 @@ struct cpu_tile {
     size_t y_stride; // elements from one row to the next; panels lie side by side
 };
 
+// LoRA's shrink: dot products of DOT_ROWS rows of A with up to dot_tokens rows of x, a piece of each
+// at a time. Rows of A beyond `rows` repeat another.
+enum { DOT_ROWS = 4, DOT_TOKENS_MAX = 4 };
+struct cpu_dot {
+    const char *a[DOT_ROWS];
+    const char *a_next[DOT_ROWS]; // what the next call reads: asked for meanwhile
+    const void *x;                // f32 or bf16, as A
+    size_t x_stride;              // bytes
+    size_t bytes;                 // of each row; a multiple of 64 but for the last piece
+    int rows, tokens;
+    bool first, last;             // piece of the rows
+    float (*partial)[PANEL];      // [DOT_ROWS * DOT_TOKENS_MAX] kept from piece to piece
+    float *v;                     // [tokens, rows], written with the last piece
+    size_t v_stride;
+};
+
+// LoRA's expand: y[tokens, columns] += weight * v[tokens, rank] B[rank, columns], B one panel, for up
+// to update_tokens.
+struct cpu_update {
+    const char *b, *b_next; // what a later call reads: asked for meanwhile
+    int rank, columns, tokens;
+    const float *v;
+    float weight;
+    float *y;
+    size_t v_stride, y_stride; // elements
+};
+
 struct cpu_kernels {
     const char *name;
     int tile_rows_max;
@@ -42,6 +69,10 @@ struct cpu_kernels {
 
     void (*tile_f32)(const struct cpu_tile *tile);
     void (*tile_bf16)(const struct cpu_tile *tile);
+
+    int dot_tokens, update_tokens; // that one call takes
+    void (*dot)(const struct cpu_dot *dot, bool bf16);
+    void (*update)(const struct cpu_update *update, bool bf16);
 
     // x [rows, k] with `stride` elements a row -> packed for the tile. `to` holds
     // cpu_packed_bytes(); an odd k is filled up with a zero.

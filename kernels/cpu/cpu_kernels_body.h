@@ -157,6 +157,10 @@ static void tile_bf16(const struct cpu_tile *t) {
     tiles_bf16[tile_rows[t->rows]][t->panels](t);
 }
 
+// ------------------------------------------------------------------ LoRA
+
+#include "kernels/cpu/cpu_lora_body.h"
+
 // ------------------------------------------------------------------ transposition and packing
 
 // `count` (up to the width) words of VECTOR_WIDTH rows -> columns in m.
@@ -367,6 +371,10 @@ const struct cpu_kernels KERNELS = {
     .packs_pairs = KERNELS_BF16,
     .tile_f32 = tile_f32,
     .tile_bf16 = tile_bf16,
+    .dot_tokens = DOT_TOKENS,
+    .update_tokens = UPDATE_TOKENS,
+    .dot = dot,
+    .update = update,
     .pack_f32 = pack_f32,
     .pack_bf16 = pack_bf16,
     .transpose = transpose,

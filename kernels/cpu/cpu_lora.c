@@ -1,14 +1,14 @@
 // LoRA over a step's segments: shrink v = A x, expand y += weight B v. Engine thread.
 //
-// DESIGN. A and B are read in place from the pool, sixteen rows at a time: their pieces are turned
-// into a panel (transposed in registers, in a buffer that stays in the first-level cache) which
-// then serves every token of the segment, so an adapter's pages are read once for its segment.
-// Ranks are true ranks; only the sixteen rows of a panel are filled up, with zeros that are not in
-// memory. x is packed once per segment for all modules that read it.
+// DESIGN. A [r, in] and B (panels of [r, 64 columns]) are read in place from the pool, from end to
+// end, once for each segment (a long segment's tokens go in groups that the second-level cache
+// holds). Ranks are true ranks. Pieces that cross into another page are put together in a buffer
+// first. What a thread reads next it asks for while it multiplies: pieces are short runs in many
+// places, which the processor's own prefetcher does not foresee.
 //
-// Shrink is cut by (segment, module, sixteen ranks, token groups). Expand is cut by output columns,
-// and each part walks all segments in order: a token in several segments gets its sums in that
-// order, by one thread. Neither order depends on what else is in the step.
+// Shrink is cut by (segment, module, ranks, token groups). Expand is cut by output columns, and each
+// part walks all segments in order: a token in several segments gets its sums in that order, by one
+// thread. Neither order depends on what else is in the step.
 #include "kernels/cpu/cpu_internal.h"
 
 #include "base/verify.h"
@@ -16,14 +16,16 @@
 #include <string.h>
 
 enum {
-    PIECE_WORDS = 64,        // of k at a time: 4 KiB, which is also how far ahead we prefetch
-    AHEAD_BYTES = 4096,
-    PANEL_WORDS_MAX = LORA_RANK_MAX, // of a panel: a piece of k in shrink, the rank in expand
-    PACK_INLINE_MAX = 65536, // elements of x the caller packs alone
-    GROUPS_AN_ITEM = 4,      // token groups of a shrink item
-    CHUNKS_A_THREAD = 4,
-    EXPAND_COST_MIN = 16384, // bytes of B, about, that are worth another thread
-    EXPAND_PANEL_ROWS = 512, // rank x panels that expand holds at once: 32 KiB
+    PIECE_BYTES = 4096,           // of a row of A at a time
+    NARROW_INLINE_MAX = 65536,    // elements of x the caller narrows alone
+    NARROW_ROWS = 16,             // of x that a thread narrows at a time
+    ITEM_RANKS = 16,              // of a shrink item
+    ITEM_TOKENS = 64,
+    SHRINK_CHUNK_BYTES = 64 << 10, // of A, about, that are worth a chunk of their own
+    CHUNKS_A_THREAD = 6,
+    EXPAND_COST_MIN = 16384,      // bytes of B, about, that are worth another thread
+    EXPAND_AHEAD = 2,             // panels of B: asked for so long before
+    V_ROW = LORA_TARGETS_MAX * LORA_RANK_MAX,
 };
 
 // ------------------------------------------------------------------ reading an image in pages
@@ -55,180 +57,204 @@ static const char *image_at(const struct image *image, const struct image_place 
            place->offset * image->b->shape.elem_bytes;
 }
 
-// `count` elements from `place` on: in place when they lie in one page and fill whole words, else
-// copied to `copy` and filled up with zero.
+// `count` elements from `place` on: in place when they lie in one page, else copied to `copy`.
 static const char *image_read(const struct image *image, struct image_place place, size_t count,
-                              uint32_t *copy) {
+                              char *copy) {
     size_t page_elems = image->b->shape.page_elems, bytes = image->b->shape.elem_bytes;
-    size_t total = count * bytes;
-    if (place.offset + count <= page_elems && total % 4 == 0) return image_at(image, &place);
-    char *to = (char *)copy;
-    memset(to + total / 4 * 4, 0, total % 4 ? 4 : 0);
-    while (count > 0) {
+    if (place.offset + count <= page_elems) return image_at(image, &place);
+    for (char *to = copy; count > 0;) {
         size_t part = page_elems - place.offset < count ? page_elems - place.offset : count;
         memcpy(to, image_at(image, &place), part * bytes);
         to += part * bytes;
         count -= part;
-        image_advance(image, &place, part);
+        if (count > 0) image_advance(image, &place, part);
     }
-    return (const char *)copy;
+    return copy;
 }
 
-// What a thread holds while it makes panels.
-struct panel_scratch {
-    uint32_t copies[PANEL][PANEL_WORDS_MAX];
-    uint32_t words[PANEL_WORDS_MAX * PANEL];
-    float wide[EXPAND_PANEL_ROWS * PANEL]; // expand: panels in f32
-    float v[LORA_RANK_MAX * TILE_ROWS_MAX + 2 * TILE_ROWS_MAX]; // expand: packed v
-    float y[TILE_ROWS_MAX * TILE_PANELS_MAX * PANEL];           // expand: what is added to y
-};
-
-// Rows [row, row + rows) of a matrix with `columns` elements a row, elements
-// [at, at + count) of each -> scratch->words[n][PANEL]. Whole rows that fill their words are one
-// piece of memory and are looked up once.
-static int make_panel(const struct image *image, struct panel_scratch *scratch, int64_t matrix,
-                      int columns, int row, int rows, int at, int count) {
-    const uint32_t *pieces[PANEL] = {NULL};
-    size_t row_bytes = (size_t)count * image->b->shape.elem_bytes;
-    struct image_place place = image_find(image, matrix + (int64_t)row * columns + at);
-    if (count == columns && row_bytes % 4 == 0) {
-        const char *from = image_read(image, place, (size_t)rows * (size_t)count,
-                                      scratch->copies[0]);
-        for (int i = 0; i < rows; i++)
-            pieces[i] = (const uint32_t *)(const void *)(from + (size_t)i * row_bytes);
-    } else {
-        for (int i = 0; i < rows; i++) {
-            pieces[i] = (const uint32_t *)(const void *)image_read(image, place, (size_t)count,
-                                                                   scratch->copies[i]);
-            if (i + 1 < rows) image_advance(image, &place, (size_t)columns);
-        }
-    }
-    int n = (int)((row_bytes + 3) / 4);
-    image->b->kernels->transpose(scratch->words, pieces, n);
-    return n;
-}
-
-// Asks for what make_panel with the same arguments will read. Panels are short runs in many places,
-// which the processor's own prefetcher does not foresee.
-static void prefetch_panel(const struct image *image, int64_t matrix, int columns, int row,
-                           int rows, int at, int count) {
-    size_t bytes = (size_t)count * image->b->shape.elem_bytes;
-    struct image_place place = image_find(image, matrix + (int64_t)row * columns + at);
-    if (count == columns) {
-        bytes *= (size_t)rows;
-        rows = 1;
-    }
-    for (int i = 0; i < rows; i++) {
-        const char *from = image_at(image, &place);
-        for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
-        if (i + 1 < rows) image_advance(image, &place, (size_t)columns);
-    }
-}
-
-// ------------------------------------------------------------------ shrink
-
-struct shrink_item {
-    int segment, target, rank_first, group_first, group_end;
-};
-
-struct shrink_job {
-    struct backend *b;
-    const struct lora_launch *launch;
-    struct shrink_item *items;
-    size_t *packed_at; // [segments] where each segment's packed x begins
-    char *packed;
+struct lora_scratch { // of a thread
+    union {
+        char pieces[DOT_ROWS][PIECE_BYTES];
+        char panel[LORA_PANEL * LORA_RANK_MAX * sizeof(float)];
+    } copy;
+    float partial[DOT_ROWS * DOT_TOKENS_MAX][PANEL];
 };
 
 static int segment_rank(const struct lora_launch *launch, int segment, int target) {
     return launch->segments[segment].rank[launch->target[target].module];
 }
 
-static bool segment_works(const struct lora_launch *launch, int segment) {
-    if (launch->segments[segment].token_count == 0) return false;
-    for (int target = 0; target < launch->target_count; target++)
-        if (segment_rank(launch, segment, target) > 0) return true;
-    return false;
-}
+// ------------------------------------------------------------------ shrink
 
-static size_t group_bytes(const struct row_groups *groups, int in) {
-    return round_up(cpu_packed_bytes(groups->padded, in), 64);
-}
+// Ranks [rank_first, rank_end) of a module for tokens [token_first, token_end) of a segment.
+struct shrink_item {
+    int segment, target, rank_first, rank_end, token_first, token_end;
+};
 
-static void pack_segment(void *context, int chunk, int thread) {
+struct shrink_job {
+    struct backend *b;
+    const struct lora_launch *launch;
+    struct shrink_item *items;
+    int *chunk_first; // [chunks + 1] items of each chunk
+    const char *x;    // [T, in] of the pool's type
+    uint16_t *narrowed;
+    int token_first, token_end; // that are in a segment
+};
+
+static void narrow_rows(void *context, int chunk, int thread) {
     (void)thread;
     const struct shrink_job *job = context;
-    const struct lora_launch *launch = job->launch;
-    const struct cpu_kernels *kernels = job->b->kernels;
-    if (!segment_works(launch, chunk)) return;
-    const struct lora_segment *segment = &launch->segments[chunk];
-    struct row_groups groups = cpu_row_groups(kernels, segment->token_count);
-    size_t in = (size_t)launch->in;
-    for (int group = 0; group < groups.count; group++) {
-        char *to = job->packed + job->packed_at[chunk] +
-                   (size_t)group * group_bytes(&groups, launch->in);
-        const float *x = (const float *)launch->x +
-                         (size_t)(segment->token_first + group * groups.rows) * in;
-        int rows = group_rows(&groups, group, segment->token_count);
-        if (job->b->dtype == DTYPE_BF16) kernels->pack_bf16(to, x, in, rows, launch->in);
-        else kernels->pack_f32(to, x, in, rows, launch->in);
-    }
+    int first = job->token_first + chunk * NARROW_ROWS;
+    int rows = min_int(NARROW_ROWS, job->token_end - first);
+    size_t in = (size_t)job->launch->in, at = (size_t)first * in;
+    job->b->kernels->narrow(job->narrowed + at, (const float *)job->launch->x + at,
+                            (size_t)rows * in);
 }
 
-// v[tokens of the item's groups, 16 ranks] = x A^T, a piece of k at a time.
+// Where a chunk stands: DOT_ROWS rows of A from `rank` on, dot_tokens tokens from `token` on, the
+// piece of both that begins at element `at`.
+struct shrink_cursor {
+    int item, rank, token, at;
+};
+
+static bool shrink_next(const struct shrink_job *job, int item_end, struct shrink_cursor *cursor) {
+    const struct shrink_item *item = &job->items[cursor->item];
+    cursor->at += PIECE_BYTES / (int)job->b->shape.elem_bytes;
+    if (cursor->at < job->launch->in) return true;
+    cursor->at = 0;
+    cursor->token += job->b->kernels->dot_tokens;
+    if (cursor->token < item->token_end) return true;
+    cursor->token = item->token_first;
+    cursor->rank += DOT_ROWS;
+    if (cursor->rank < item->rank_end) return true;
+    if (++cursor->item == item_end) return false;
+    cursor->token = item[1].token_first;
+    cursor->rank = item[1].rank_first;
+    return true;
+}
+
+// Where the rows of A at the cursor begin.
+static struct image shrink_rows(const struct shrink_job *job, const struct shrink_cursor *cursor,
+                                struct image_place places[DOT_ROWS]) {
+    const struct shrink_item *item = &job->items[cursor->item];
+    const struct lora_segment *segment = &job->launch->segments[item->segment];
+    struct image image = {job->b, job->launch->layer, segment->pages};
+    size_t in = (size_t)job->launch->in;
+    int64_t matrix = segment->a_offset[job->launch->target[item->target].module];
+    places[0] = image_find(&image, matrix + (int64_t)cursor->rank * (int64_t)in + cursor->at);
+    for (int i = 1; i < DOT_ROWS; i++) {
+        places[i] = places[i - 1];
+        if (cursor->rank + i < item->rank_end) image_advance(&image, &places[i], in);
+    }
+    return image;
+}
+
+static void shrink_piece(const struct shrink_job *job, const struct shrink_cursor *cursor,
+                         const struct image *image, const struct image_place places[DOT_ROWS],
+                         struct lora_scratch *scratch, struct cpu_dot *dot) {
+    const struct lora_launch *launch = job->launch;
+    const struct shrink_item *item = &job->items[cursor->item];
+    const struct lora_segment *segment = &launch->segments[item->segment];
+    size_t bytes = job->b->shape.elem_bytes, in = (size_t)launch->in;
+    size_t count = (size_t)min_int(PIECE_BYTES / (int)bytes, launch->in - cursor->at);
+    for (int i = 0; i < DOT_ROWS; i++)
+        dot->a[i] = image_read(image, places[i], count, scratch->copy.pieces[i]);
+    size_t token = (size_t)(segment->token_first + cursor->token);
+    dot->x = job->x + (token * in + (size_t)cursor->at) * bytes;
+    dot->x_stride = in * bytes;
+    dot->bytes = count * bytes;
+    dot->rows = min_int(DOT_ROWS, item->rank_end - cursor->rank);
+    dot->tokens = min_int(job->b->kernels->dot_tokens, item->token_end - cursor->token);
+    dot->first = cursor->at == 0;
+    dot->last = (size_t)cursor->at + count == in;
+    dot->partial = scratch->partial;
+    dot->v = launch->v + (size_t)(segment->v_first + cursor->token) * V_ROW +
+             item->target * LORA_RANK_MAX + cursor->rank;
+    dot->v_stride = V_ROW;
+    job->b->kernels->dot(dot, job->b->dtype == DTYPE_BF16);
+}
+
 static void shrink_chunk(void *context, int chunk, int thread) {
     const struct shrink_job *job = context;
-    const struct lora_launch *launch = job->launch;
-    const struct cpu_kernels *kernels = job->b->kernels;
-    const struct shrink_item *item = &job->items[chunk];
-    const struct lora_segment *segment = &launch->segments[item->segment];
-    struct panel_scratch *scratch = cpu_thread_scratch(job->b, thread);
-    struct image image = {job->b, launch->layer, segment->pages};
-    struct row_groups groups = cpu_row_groups(kernels, segment->token_count);
-    bool bf16 = job->b->dtype == DTYPE_BF16;
-    int rank = segment_rank(launch, item->segment, item->target);
-    int64_t matrix = segment->a_offset[launch->target[item->target].module];
-    int piece = PIECE_WORDS * (bf16 ? 2 : 1), row = LORA_TARGETS_MAX * LORA_RANK_MAX;
-    int ranks = min_int(PANEL, rank - item->rank_first);
-    for (int at = 0; at < launch->in; at += piece) {
-        int ahead = min_int(piece, launch->in - at - piece);
-        if (ahead > 0)
-            prefetch_panel(&image, matrix, launch->in, item->rank_first, ranks, at + piece, ahead);
-        int words = make_panel(&image, scratch, matrix, launch->in, item->rank_first, ranks, at,
-                               min_int(piece, launch->in - at));
-        for (int group = item->group_first; group < item->group_end; group++) {
-            int rows = group_rows(&groups, group, segment->token_count);
-            size_t before = (size_t)(bf16 && kernels->packs_pairs ? at / 2 : at) *
-                            kernels->tile_rows[rows] * sizeof(float);
-            struct cpu_tile tile = {
-                .x = job->packed + job->packed_at[item->segment] +
-                     (size_t)group * group_bytes(&groups, launch->in) + before,
-                .w = scratch->words, .k_stride = PANEL, .k = words, .rows = rows, .panels = 1,
-                .add = at > 0,
-                .y = launch->v + (size_t)(segment->v_first + group * groups.rows) * (size_t)row +
-                     item->target * LORA_RANK_MAX + item->rank_first,
-                .y_stride = (size_t)row};
-            if (bf16) kernels->tile_bf16(&tile);
-            else kernels->tile_f32(&tile);
-        }
+    struct lora_scratch *scratch = cpu_thread_scratch(job->b, thread);
+    int end = job->chunk_first[chunk + 1];
+    struct shrink_cursor cursor = {.item = job->chunk_first[chunk]}, next;
+    cursor.rank = job->items[cursor.item].rank_first;
+    cursor.token = job->items[cursor.item].token_first;
+    struct image_place places[DOT_ROWS], next_places[DOT_ROWS];
+    struct image image = shrink_rows(job, &cursor, places), next_image;
+    for (bool more = true; more; cursor = next, image = next_image) {
+        next = cursor;
+        more = shrink_next(job, end, &next);
+        struct cpu_dot dot;
+        next_image = image;
+        memcpy(next_places, places, sizeof places);
+        if (more) next_image = shrink_rows(job, &next, next_places);
+        for (int i = 0; i < DOT_ROWS; i++) dot.a_next[i] = image_at(&next_image, &next_places[i]);
+        shrink_piece(job, &cursor, &image, places, scratch, &dot);
+        memcpy(places, next_places, sizeof places);
     }
 }
 
 // Lists the items; with items == NULL only counts them.
-static int list_items(const struct shrink_job *job, struct shrink_item *items) {
-    const struct lora_launch *launch = job->launch;
+static int list_items(const struct lora_launch *launch, struct shrink_item *items) {
     int count = 0;
-    for (int s = 0; s < launch->segment_count; s++) {
-        if (!segment_works(launch, s)) continue;
-        struct row_groups groups = cpu_row_groups(job->b->kernels,
-                                                  launch->segments[s].token_count);
-        for (int target = 0; target < launch->target_count; target++)
-            for (int rank = 0; rank < segment_rank(launch, s, target); rank += PANEL)
-                for (int g = 0; g < groups.count; g += GROUPS_AN_ITEM, count++)
+    for (int s = 0; s < launch->segment_count; s++)
+        for (int target = 0; target < launch->target_count; target++) {
+            int ranks = segment_rank(launch, s, target), tokens = launch->segments[s].token_count;
+            for (int r = 0; r < ranks; r += ITEM_RANKS)
+                for (int t = 0; t < tokens; t += ITEM_TOKENS, count++)
                     if (items)
                         items[count] = (struct shrink_item){
-                            s, target, rank, g, min_int(g + GROUPS_AN_ITEM, groups.count)};
-    }
+                            s, target, r, min_int(r + ITEM_RANKS, ranks),
+                            t, min_int(t + ITEM_TOKENS, tokens)};
+        }
     return count;
+}
+
+// Bytes of A, and the multiplications of long segments, which are worth about as much.
+static size_t item_cost(const struct shrink_job *job, const struct shrink_item *item) {
+    size_t tokens = (size_t)(item->token_end - item->token_first);
+    return (size_t)(item->rank_end - item->rank_first) * (size_t)job->launch->in *
+           (job->b->shape.elem_bytes + tokens / 8);
+}
+
+// Cuts the items into chunks of about equal cost, in their order. Returns how many.
+static int cut_items(struct shrink_job *job, int count) {
+    size_t total = 0, cost = 0;
+    for (int i = 0; i < count; i++) total += item_cost(job, &job->items[i]);
+    size_t wanted = total / (size_t)(job->b->thread_count * CHUNKS_A_THREAD);
+    if (wanted < SHRINK_CHUNK_BYTES) wanted = SHRINK_CHUNK_BYTES;
+    int chunks = 0;
+    job->chunk_first[0] = 0;
+    for (int i = 0; i < count; i++) {
+        cost += item_cost(job, &job->items[i]);
+        if (cost < wanted && i + 1 < count) continue;
+        job->chunk_first[++chunks] = i + 1;
+        cost = 0;
+    }
+    return chunks;
+}
+
+// x as the pool's type has it.
+static void narrow_x(struct shrink_job *job) {
+    const struct lora_launch *launch = job->launch;
+    job->x = launch->x;
+    if (job->b->dtype != DTYPE_BF16) return;
+    job->token_first = INT32_MAX;
+    for (int s = 0; s < launch->segment_count; s++) {
+        const struct lora_segment *segment = &launch->segments[s];
+        job->token_first = min_int(job->token_first, segment->token_first);
+        job->token_end = max_int(job->token_end, segment->token_first + segment->token_count);
+    }
+    size_t in = (size_t)launch->in;
+    job->narrowed = cpu_scratch(job->b, SCRATCH_PACKED_X, (size_t)job->token_end * in * 2);
+    job->x = (const char *)job->narrowed;
+    int tokens = job->token_end - job->token_first;
+    int chunks = (tokens + NARROW_ROWS - 1) / NARROW_ROWS;
+    if ((size_t)tokens * in <= NARROW_INLINE_MAX)
+        for (int i = 0; i < chunks; i++) narrow_rows(job, i, 0);
+    else cpu_threads_run(job->b->threads, narrow_rows, job, chunks);
 }
 
 static void launch_verify(const struct backend *b, const struct lora_launch *launch) {
@@ -242,29 +268,16 @@ static void launch_verify(const struct backend *b, const struct lora_launch *lau
 void cpu_lora_shrink(struct backend *b, const struct lora_launch *launch) {
     launch_verify(b, launch);
     struct shrink_job job = {.b = b, .launch = launch};
-    int count = list_items(&job, NULL), segments = launch->segment_count;
+    int count = list_items(launch, NULL);
     if (count == 0) return;
-    size_t item_bytes = round_up((size_t)count * sizeof *job.items, 64);
-    char *lists = cpu_scratch(b, SCRATCH_ITEMS, item_bytes + (size_t)segments * sizeof(size_t));
+    size_t item_bytes = (size_t)count * sizeof *job.items;
+    char *lists = cpu_scratch(b, SCRATCH_ITEMS, item_bytes + ((size_t)count + 1) * sizeof(int));
     job.items = (struct shrink_item *)(void *)lists;
-    job.packed_at = (size_t *)(void *)(lists + item_bytes);
-    list_items(&job, job.items);
-
-    size_t bytes = 0, elements = 0;
-    for (int s = 0; s < segments; s++) {
-        job.packed_at[s] = bytes;
-        if (!segment_works(launch, s)) continue;
-        int tokens = launch->segments[s].token_count;
-        struct row_groups groups = cpu_row_groups(b->kernels, tokens);
-        bytes += (size_t)groups.count * group_bytes(&groups, launch->in);
-        elements += (size_t)tokens * (size_t)launch->in;
-    }
-    job.packed = cpu_scratch(b, SCRATCH_PACKED_X, bytes);
-    cpu_threads_scratch(b, sizeof(struct panel_scratch));
-    if (elements <= PACK_INLINE_MAX)
-        for (int s = 0; s < segments; s++) pack_segment(&job, s, 0);
-    else cpu_threads_run(b->threads, pack_segment, &job, segments);
-    cpu_threads_run(b->threads, shrink_chunk, &job, count);
+    job.chunk_first = (int *)(void *)(lists + item_bytes);
+    list_items(launch, job.items);
+    narrow_x(&job);
+    cpu_threads_scratch(b, sizeof(struct lora_scratch));
+    cpu_threads_run(b->threads, shrink_chunk, &job, cut_items(&job, count));
 }
 
 // ------------------------------------------------------------------ expand
@@ -273,110 +286,79 @@ struct expand_job {
     struct backend *b;
     const struct lora_launch *launch;
     int chunk_first[LORA_TARGETS_MAX + 1]; // chunks of each target
-    int columns[LORA_TARGETS_MAX];         // of a chunk, a multiple of PANEL
+    int columns[LORA_TARGETS_MAX];         // of a chunk, a multiple of LORA_PANEL
 };
 
-// Columns [first, end) of one target for one segment: the unit that a thread works on.
+// One panel of B of one segment, from column `first` on.
 struct expand_part {
-    int segment, target, first, end;
+    int segment, target, first;
 };
 
-// The part behind `part` in the chunk that ends at column chunk_end: more columns, or the next
-// segment from column chunk_first on. false: there is none. A part has at most as many columns as
-// EXPAND_PANEL_ROWS allows for its rank; part->segment == -1 stands before the first.
+// The part behind `part` in the chunk that ends at column chunk_end: the next panel, or the next
+// segment from column chunk_first on. false: there is none. part->segment == -1 stands before the
+// first.
 static bool expand_next(const struct expand_job *job, int chunk_first, int chunk_end,
                         struct expand_part *part) {
     const struct lora_launch *launch = job->launch;
-    part->first = part->end;
-    if (part->segment < 0 || part->first == chunk_end) {
-        part->first = chunk_first;
-        do
-            if (++part->segment >= launch->segment_count) return false;
-        while (segment_rank(launch, part->segment, part->target) == 0 ||
-               launch->segments[part->segment].token_count == 0);
-    }
-    int rank = segment_rank(launch, part->segment, part->target);
-    int columns = max_int(1, EXPAND_PANEL_ROWS / (rank + (rank & 1))) * PANEL;
-    part->end = min_int(part->first + columns, chunk_end);
+    part->first += LORA_PANEL;
+    if (part->segment >= 0 && part->first < chunk_end) return true;
+    part->first = chunk_first;
+    do
+        if (++part->segment >= launch->segment_count) return false;
+    while (segment_rank(launch, part->segment, part->target) == 0 ||
+           launch->segments[part->segment].token_count == 0);
     return true;
 }
 
-// Asks for panel `panel` of a part, as far as there is one.
-static void expand_prefetch(const struct expand_job *job, const struct expand_part *part,
-                            int panel) {
+static struct image_place expand_panel(const struct expand_job *job, const struct expand_part *part,
+                                       struct image *image) {
     const struct lora_launch *launch = job->launch;
-    int column = part->first + panel * PANEL;
-    if (column >= part->end) return;
     const struct lora_segment *segment = &launch->segments[part->segment];
-    struct image image = {job->b, launch->layer, segment->pages};
-    int rank = segment_rank(launch, part->segment, part->target);
-    prefetch_panel(&image, segment->b_offset[launch->target[part->target].module], rank, column,
-                   min_int(PANEL, part->end - column), 0, rank);
+    *image = (struct image){job->b, launch->layer, segment->pages};
+    int64_t rank = segment_rank(launch, part->segment, part->target);
+    return image_find(image, segment->b_offset[launch->target[part->target].module] +
+                                 part->first * rank);
 }
 
-// y[segment's tokens, the part's columns] += weight * v B^T; meanwhile asks for what `next`, if any,
-// begins with.
-static void expand_columns(const struct expand_job *job, struct panel_scratch *scratch,
-                           const struct expand_part *part, const struct expand_part *next) {
+// y[segment's tokens, the part's columns] += weight * v B; meanwhile asks for what lies at `ahead`.
+static void expand_multiply(const struct expand_job *job, struct lora_scratch *scratch,
+                            const struct expand_part *part, const struct expand_part *ahead) {
     const struct lora_launch *launch = job->launch;
     const struct cpu_kernels *kernels = job->b->kernels;
     const struct lora_segment *segment = &launch->segments[part->segment];
-    struct image image = {job->b, launch->layer, segment->pages};
-    int target = part->target, first = part->first, end = part->end;
-    int rank = segment_rank(launch, part->segment, target), row = LORA_TARGETS_MAX * LORA_RANK_MAX;
-    int panels = (end - first + PANEL - 1) / PANEL, rank_even = rank + (rank & 1);
-    size_t panel_elements = (size_t)rank_even * PANEL;
-    int64_t matrix = segment->b_offset[launch->target[target].module];
-    int ahead = max_int(1, AHEAD_BYTES / (int)(panel_elements * job->b->shape.elem_bytes));
-    for (int p = 0; p < panels; p++) {
-        int column = first + p * PANEL;
-        if (p + ahead < panels) expand_prefetch(job, part, p + ahead);
-        else if (next) expand_prefetch(job, next, p + ahead - max_int(panels, ahead));
-        int words = make_panel(&image, scratch, matrix, rank, column,
-                               min_int(PANEL, end - column), 0, rank);
-        float *wide = scratch->wide + (size_t)p * panel_elements;
-        if (job->b->dtype == DTYPE_BF16) kernels->widen_panel(wide, scratch->words, words);
-        else memcpy(wide, scratch->words, (size_t)words * PANEL * sizeof *wide);
-    }
-    struct row_groups groups = cpu_row_groups(kernels, segment->token_count);
-    size_t stride = (size_t)launch->target[target].stride;
-    for (int group = 0; group < groups.count; group++) {
-        int rows = group_rows(&groups, group, segment->token_count), token = group * groups.rows;
-        kernels->pack_f32(scratch->v,
-                          launch->v + (size_t)(segment->v_first + token) * (size_t)row +
-                              target * LORA_RANK_MAX,
-                          (size_t)row, rows, rank);
-        float *y = (float *)launch->target[target].y +
-                   (size_t)(segment->token_first + token) * stride;
-        for (int p = 0, step; p < panels; p += step) {
-            step = min_int(kernels->tile_panels[rows], panels - p);
-            if (step == 3) step = 2;
-            struct cpu_tile tile = {
-                .x = scratch->v, .w = scratch->wide + (size_t)p * panel_elements,
-                .panel_stride = panel_elements, .k_stride = PANEL, .k = rank, .rows = rows,
-                .panels = step, .y = scratch->y, .y_stride = (size_t)(step * PANEL)};
-            kernels->tile_f32(&tile);
-            int column = first + p * PANEL, count = min_int(step * PANEL, end - column);
-            for (int r = 0; r < rows; r++)
-                kernels->scale_add(y + (size_t)r * stride + column, 1.0f,
-                                   scratch->y + r * step * PANEL, segment->weight, count);
-        }
+    int target = part->target, rank = segment_rank(launch, part->segment, target);
+    int columns = min_int(LORA_PANEL, launch->target[target].out - part->first);
+    struct image image, image_ahead;
+    struct image_place place = expand_panel(job, part, &image);
+    struct image_place place_ahead = expand_panel(job, ahead, &image_ahead);
+    struct cpu_update update = {
+        .b = image_read(&image, place, (size_t)(rank * columns), scratch->copy.panel),
+        .b_next = image_at(&image_ahead, &place_ahead), .rank = rank, .columns = columns,
+        .weight = segment->weight, .v_stride = V_ROW,
+        .y_stride = (size_t)launch->target[target].stride};
+    for (int token = 0; token < segment->token_count; token += kernels->update_tokens) {
+        update.tokens = min_int(kernels->update_tokens, segment->token_count - token);
+        update.v = launch->v + (size_t)(segment->v_first + token) * V_ROW + target * LORA_RANK_MAX;
+        update.y = (float *)launch->target[target].y +
+                   (size_t)(segment->token_first + token) * update.y_stride + part->first;
+        kernels->update(&update, job->b->dtype == DTYPE_BF16);
     }
 }
 
 static void expand_chunk(void *context, int chunk, int thread) {
     const struct expand_job *job = context;
     const struct lora_launch *launch = job->launch;
-    struct panel_scratch *scratch = cpu_thread_scratch(job->b, thread);
+    struct lora_scratch *scratch = cpu_thread_scratch(job->b, thread);
     int target = 0;
     while (chunk >= job->chunk_first[target + 1]) target++;
     int first = (chunk - job->chunk_first[target]) * job->columns[target];
     int end = min_int(first + job->columns[target], launch->target[target].out);
-    struct expand_part part = {.segment = -1, .target = target}, next;
-    for (bool more = expand_next(job, first, end, &part); more; part = next) {
-        next = part;
-        more = expand_next(job, first, end, &next);
-        expand_columns(job, scratch, &part, more ? &next : NULL);
+    struct expand_part part = {.segment = -1, .target = target}, ahead = part;
+    bool more = true;
+    for (int i = 0; i < EXPAND_AHEAD; i++) more = more && expand_next(job, first, end, &ahead);
+    while (expand_next(job, first, end, &part)) {
+        more = more && expand_next(job, first, end, &ahead);
+        expand_multiply(job, scratch, &part, more ? &ahead : &part);
     }
 }
 
@@ -403,12 +385,12 @@ void cpu_lora_expand(struct backend *b, const struct lora_launch *launch) {
     if (wanted < EXPAND_COST_MIN) wanted = EXPAND_COST_MIN;
     for (int target = 0; target < launch->target_count; target++) {
         size_t cost = column_cost(&job, target), out = (size_t)launch->target[target].out;
-        size_t columns = cost ? round_up(wanted / cost + 1, PANEL) : 0;
-        if (columns > out) columns = round_up(out, PANEL);
+        size_t columns = cost ? round_up(wanted / cost + 1, LORA_PANEL) : 0;
+        if (columns > out) columns = round_up(out, LORA_PANEL);
         job.columns[target] = (int)columns;
         job.chunk_first[target + 1] =
             job.chunk_first[target] + (cost ? (int)((out + columns - 1) / columns) : 0);
     }
-    cpu_threads_scratch(b, sizeof(struct panel_scratch));
+    cpu_threads_scratch(b, sizeof(struct lora_scratch));
     cpu_threads_run(b->threads, expand_chunk, &job, job.chunk_first[launch->target_count]);
 }

@@ -92,9 +92,13 @@ INLINE float vf_maximum(vf v) {
 }
 
 INLINE vf vf_from_bf16(const uint16_t *p) {
+#if VECTOR_WIDTH == 16 // the compiler would widen in two halves
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
+#else
     vh half;
     memcpy(&half, p, sizeof half);
     return (vf)(__builtin_convertvector(half, vu) << 16);
+#endif
 }
 
 // Bits of the nearest bf16 (even on a tie) in the low half of each word; NaN stays NaN.

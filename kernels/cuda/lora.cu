@@ -5,7 +5,7 @@
 // has one item, one module and sixteen ranks; x goes to shared memory piece by piece, each warp
 // reads whole rows of A with 16-byte loads and multiplies them with every token of the item.
 // Expand: a block has one item, one module and COLUMNS columns; v lies in shared memory, a thread
-// reads one row of B. A decode's items have one token (TILE 1), so each element of A and B is read
+// reads eight columns of each of B's rows with 16-byte loads, AHEAD of them under way. A decode's items have one token (TILE 1), so each element of A and B is read
 // once for its token; a prefill's have eight, and A and B come back from the second-level cache.
 //
 // Bytes: shrink rank x in, expand out x rank elements an item and module, x and v beside them small.
@@ -21,7 +21,9 @@ enum {
     SHRINK_WARPS = 8,
     PIECE = 1024,      // elements of x in shared memory at a time
     TILE_MAX = 8,      // tokens of an item
-    COLUMNS = 128,     // of an expand block
+    COLUMN_THREADS = 64,
+    COLUMNS = COLUMN_THREADS * EIGHT, // of an expand block
+    AHEAD = 4,         // rows of B under way in an expand thread
     V_ROW = LORA_TARGETS_MAX * LORA_RANK_MAX,
     REQUEST_WAVES_MAX = 64, // segments over one token; a request mixes at most a few
 };
@@ -112,16 +114,41 @@ __global__ void __launch_bounds__(SHRINK_WARPS *WARP)
         }
 }
 
+// Adds the products of each token's v with eight columns, of ranks [r, r + AHEAD) below `rank`. b is
+// the first of those columns in rank 0 of their panel, which has `left` more columns from there and
+// `width` in all.
+template <typename T, int TILE>
+__device__ static inline void update_eight(float sums[TILE][EIGHT], const paged<T> &pool,
+                                           const int32_t *pages, uint32_t b, uint32_t left,
+                                           uint32_t width, const float *v, int r, int rank) {
+    float rows[AHEAD][EIGHT];
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) {
+        if (r + j >= rank) break;
+        uint32_t at = b + (uint32_t)(r + j) * width;
+        load_paged(rows[j], pool, pages, at, at + left);
+    }
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) {
+        if (r + j >= rank) break;
+#pragma unroll
+        for (int t = 0; t < TILE; t++)
+#pragma unroll
+            for (int i = 0; i < EIGHT; i++) sums[t][i] += rows[j][i] * v[t * LORA_RANK_MAX + r + j];
+    }
+}
+
 // Grid (columns / COLUMNS, modules, items).
 template <typename T, int TILE>
-__global__ void __launch_bounds__(COLUMNS) expand_kernel(paged<T> pool, device_launch launch) {
+__global__ void __launch_bounds__(COLUMN_THREADS)
+    expand_kernel(paged<T> pool, device_launch launch) {
     float *v = dynamic_shared<float>(); // [TILE][LORA_RANK_MAX]
     const lora_item work = launch.items[blockIdx.z];
     const device_segment *segment = &launch.segments[work.segment];
     int module = blockIdx.y, rank = segment->target[module].rank;
     const device_target target = launch.target[module];
     if (rank == 0 || (int)blockIdx.x * COLUMNS >= target.out) return; // the whole block
-    for (int i = threadIdx.x; i < TILE * LORA_RANK_MAX; i += COLUMNS) {
+    for (int i = threadIdx.x; i < TILE * LORA_RANK_MAX; i += COLUMN_THREADS) {
         int t = i / LORA_RANK_MAX, r = i % LORA_RANK_MAX;
         v[i] = t < work.count && r < rank
                    ? launch.v[(size_t)(segment->v_first + work.first + t) * V_ROW +
@@ -129,25 +156,24 @@ __global__ void __launch_bounds__(COLUMNS) expand_kernel(paged<T> pool, device_l
                    : 0.0f;
     }
     __syncthreads();
-    int column = blockIdx.x * COLUMNS + threadIdx.x;
+    int column = blockIdx.x * COLUMNS + threadIdx.x * EIGHT;
     if (column >= target.out) return;
     const int32_t *pages = launch.pages + segment->pages_first;
-    uint32_t row = segment->target[module].b + (uint32_t)column * (uint32_t)rank;
-    float sums[TILE] = {0};
-    for (int r = 0; r < rank; r += EIGHT) {
-        float w[EIGHT];
-        load_paged(w, pool, pages, row + r, row + rank);
-#pragma unroll
-        for (int t = 0; t < TILE; t++)
-#pragma unroll
-            for (int i = 0; i < EIGHT; i++)
-                sums[t] += w[i] * v[t * LORA_RANK_MAX + (r + i < LORA_RANK_MAX ? r + i : 0)];
-    }
+    int panel = column / LORA_PANEL * LORA_PANEL;
+    int width = target.out - panel < LORA_PANEL ? target.out - panel : LORA_PANEL;
+    uint32_t b = segment->target[module].b + (uint32_t)(panel * rank + column - panel);
+    float sums[TILE][EIGHT] = {{0}};
+    for (int r = 0; r < rank; r += AHEAD)
+        update_eight<T, TILE>(sums, pool, pages, b, (uint32_t)(width - (column - panel)),
+                              (uint32_t)width, v, r, rank);
 #pragma unroll
     for (int t = 0; t < TILE; t++) {
         if (t >= work.count) break;
-        target.y[(size_t)(segment->token_first + work.first + t) * (size_t)target.stride +
-                 column] += segment->weight * sums[t];
+        float *y = target.y + (size_t)(segment->token_first + work.first + t) *
+                                  (size_t)target.stride + column;
+#pragma unroll
+        for (int i = 0; i < EIGHT; i++)
+            if (column + i < target.out) y[i] += segment->weight * sums[t][i];
     }
 }
 
@@ -311,10 +337,10 @@ static void expand(struct backend *b, const struct lora_launch *launch, const st
         part.items += first;
         size_t shared = (size_t)p->tile * LORA_RANK_MAX * sizeof(float);
         if (p->tile == 1)
-            CUDA_LAUNCH((expand_kernel<T, 1>), grid, dim3(COLUMNS), shared, b->stream, pool, part);
+            CUDA_LAUNCH((expand_kernel<T, 1>), grid, dim3(COLUMN_THREADS), shared, b->stream, pool, part);
         else
-            CUDA_LAUNCH((expand_kernel<T, TILE_MAX>), grid, dim3(COLUMNS), shared, b->stream, pool,
-                        part);
+            CUDA_LAUNCH((expand_kernel<T, TILE_MAX>), grid, dim3(COLUMN_THREADS), shared, b->stream,
+                        pool, part);
     }
 }
 

@@ -173,6 +173,13 @@ static void plain_lora_shrink(struct backend *b, const struct lora_launch *launc
         }
 }
 
+// Where B[o][r] lies among panels of LORA_PANEL columns.
+static int64_t plain_b_index(int out, int rank, int o, int r) {
+    int first = o / LORA_PANEL * LORA_PANEL;
+    int columns = out - first < LORA_PANEL ? out - first : LORA_PANEL;
+    return (int64_t)first * rank + r * columns + (o - first);
+}
+
 static void plain_lora_expand(struct backend *b, const struct lora_launch *launch) {
     for (int n = 0; n < launch->segment_count; n++)
         for (int m = 0; m < launch->target_count; m++) {
@@ -185,7 +192,7 @@ static void plain_lora_expand(struct backend *b, const struct lora_launch *launc
                     float sum = 0;
                     for (int r = 0; r < rank; r++)
                         sum += v[r] * plain_element(b, s, launch->layer, s->b_offset[module] +
-                                                    (int64_t)o * rank + r);
+                                                    plain_b_index(launch->target[m].out, rank, o, r));
                     float *y = launch->target[m].y;
                     y[(s->token_first + t) * launch->target[m].stride + o] += s->weight * sum;
                 }

@@ -440,17 +440,22 @@ static void expect_image(const char *what, const struct adapter *adapter,
             int own = wanted->rank[layer][m];
             assert_int_equal(adapter->rank[m], rank);
             for (int matrix = 'A'; matrix <= 'B'; matrix++) {
-                int rows = matrix == 'A' ? rank : g->out[m];
-                int columns = matrix == 'A' ? g->in[m] : rank;
+                int rows = rank, columns = matrix == 'A' ? g->in[m] : g->out[m];
                 int64_t offset = matrix == 'A' ? adapter->a_offset[m] : adapter->b_offset[m];
                 assert_int_equal((size_t)layer * adapter->layer_elems + (size_t)offset, at);
                 char name[160];
                 snprintf(name, sizeof name, "base_model.model.model.layers.%d.%s.lora_%c.weight",
                          layer, module_names[m], matrix);
                 for (int i = 0; i < rows * columns; i++) {
-                    int row = i / columns, column = i % columns;
-                    bool real = matrix == 'A' ? row < own : column < own;
-                    int index = matrix == 'A' ? i : row * own + column;
+                    int row = i / columns, column = i % columns, index = i;
+                    if (matrix == 'B') { // stored [out, r]; in memory panels of [r, LORA_PANEL]
+                        int first = i / (LORA_PANEL * rank) * LORA_PANEL, place = i - first * rank;
+                        int width = columns - first < LORA_PANEL ? columns - first : LORA_PANEL;
+                        row = place / width;
+                        column = first + place % width;
+                        index = column * own + row;
+                    }
+                    bool real = row < own;
                     double scale = matrix == 'A' ? 1 : wanted->scale[layer][m];
                     double value = real ? (double)element(name, index) * scale : 0;
                     expect_element(what, adapter, g->dtype, at + (size_t)i, value);

@@ -601,7 +601,7 @@ static void lora_rig_init(struct lora_rig *rig, struct backend *b, enum dtype dt
         for (int t = 0; t < c->target_count; t++) {
             int rank = segment->rank[t] = c->segments[s].rank[t];
             rig->a[s][t] = image_add(rig, image, &used, &segment->a_offset[t], rank, c->in);
-            rig->b[s][t] = image_add(rig, image, &used, &segment->b_offset[t], c->out[t], rank);
+            rig->b[s][t] = image_add(rig, image, &used, &segment->b_offset[t], rank, c->out[t]);
         }
         size_t page_elems = rig->pool.shape.page_elems;
         int32_t *pages = pages_take(&rig->pool, (int)((used + page_elems - 1) / page_elems));
@@ -645,6 +645,13 @@ static void lora_rig_deinit(struct lora_rig *rig, struct backend *b) {
     ops->memory_destroy(b, rig->pool.pool);
 }
 
+// Where B[o][r] lies (kernels/backend.h).
+static int panel_index(int out, int rank, int o, int r) {
+    int panel = o / LORA_PANEL, width = LORA_PANEL;
+    if ((panel + 1) * LORA_PANEL > out) width = out - panel * LORA_PANEL;
+    return panel * LORA_PANEL * rank + r * width + o % LORA_PANEL;
+}
+
 // expected += weight B A x of one token and segment; size += what rounding errors are relative to.
 static void reference_lora(const struct lora_rig *rig, int s, int target, int token,
                            double *expected, double *size) {
@@ -661,7 +668,7 @@ static void reference_lora(const struct lora_rig *rig, int s, int target, int to
     }
     for (int o = 0; o < out; o++)
         for (int j = 0; j < rank; j++) {
-            double factor = rig->segments[s].weight * rig->b[s][target][o * rank + j];
+            double factor = rig->segments[s].weight * rig->b[s][target][panel_index(out, rank, o, j)];
             expected[o] += factor * v[j];
             size[o] += fabs(factor) * v_size[j];
         }
