@@ -23,6 +23,7 @@ import pathlib
 import random
 import shutil
 import signal
+import statistics
 import struct
 import subprocess
 import tempfile
@@ -160,14 +161,32 @@ def fit(bench, few, many, rounds, read_bytes_per_s):
     return result
 
 
-def thrash(bench, few, many, rounds):
+def first_token_s(server, name):
+    begin = time.monotonic()
+    return server.stream(name, 1)[0] - begin
+
+
+def cold_read_s(server, names):
+    """What bringing an adapter from disk adds to a first token while nothing else runs: seconds."""
+    cold = statistics.mean(first_token_s(server, name) for name in names)
+    return cold - statistics.mean(first_token_s(server, names[-1]) for _ in names)
+
+
+def thrash(bench, few, many, rounds, unused, read_bytes_per_s):
     load(bench, many, *CLOSED)
+    alone_s = cold_read_s(many, unused)
     runs = [{"few": load(bench, few, *CLOSED), "many": load(bench, many, *CLOSED)}
             for _ in range(rounds)]
     ratio = spread([r["many"]["output_tokens_per_s"] / r["few"]["output_tokens_per_s"]
                     for r in runs])
-    print("thrash, many / few:", json.dumps(ratio), "reads:", runs[-1]["many"]["reads"], flush=True)
-    return {"runs": runs, "ratio": ratio}
+    # Steps that read more take longer, and reads, one after another, the time that they take alone.
+    explained = spread([r["few"]["wall_s"] / (
+        r["few"]["wall_s"] + r["many"]["reads"] * alone_s + (
+            r["many"]["step_adapter_bytes"] - r["few"]["step_adapter_bytes"]) / read_bytes_per_s)
+        for r in runs])
+    print("thrash, many / few:", json.dumps(ratio), "by bytes:", json.dumps(explained), "a read alone:",
+          round(alone_s, 4), "s; reads:", runs[-1]["many"]["reads"], flush=True)
+    return {"runs": runs, "ratio": ratio, "ratio_by_bytes": explained, "cold_read_s": alone_s}
 
 
 def gaps(streams, until=float("inf")):
@@ -276,7 +295,8 @@ def main():
         results["calm"] = calm(many, unused, options.rounds)
         many.stop()
         tight = Server(options.lorad, adapters, "--pool-bytes", "768MiB", "--host-bytes", "512MiB")
-        results["thrash"] = thrash(options.bench, few, tight, options.rounds)
+        results["thrash"] = thrash(options.bench, few, tight, options.rounds,
+                                   unused[-40:], bandwidth)
         for server in (few, tight):
             server.stop()
     finally:

@@ -62,6 +62,7 @@ static void usage(FILE *to) {
             "  --device cpu|cuda  default cpu; on cuda the limits are measured through the backend's\n"
             "                     own operations: silu_mul over 1 GB, a matmul of 4096 x 8192 x 8192\n"
             "  --dtype bf16|f32   of weights and KV (default bf16)\n"
+            "  --quantization int8|int4   of the base weights (CPU)\n"
             "  --threads N        default: all cores\n"
             "  --rounds N         the best of so many steps counts (default 5)\n"
             "  --json FILE        write the figures;  --svg FILE  a breakdown of each step\n"
@@ -93,6 +94,7 @@ static int options_parse(int argc, char **argv, struct options *o) {
     static const struct option names[] = {
         {"model", 1, 0, 'm'},   {"batch", 1, 0, 'b'},  {"prefill", 0, 0, 'p'},
         {"context", 1, 0, 'c'}, {"rank", 1, 0, 'r'},   {"dtype", 1, 0, 'd'},
+        {"quantization", 1, 0, 'q'},
         {"threads", 1, 0, 't'}, {"rounds", 1, 0, 'n'}, {"json", 1, 0, 'j'},
         {"svg", 1, 0, 's'},     {"commit", 1, 0, 'k'}, {"device", 1, 0, 'D'},
         {"help", 0, 0, 'h'},    {0, 0, 0, 0}};
@@ -115,6 +117,10 @@ static int options_parse(int argc, char **argv, struct options *o) {
         case 'd':
             good = !strcmp(optarg, "bf16") || !strcmp(optarg, "f32");
             o->rig.dtype = !strcmp(optarg, "f32") ? DTYPE_F32 : DTYPE_BF16;
+            break;
+        case 'q':
+            good = !strcmp(optarg, "int8") || !strcmp(optarg, "int4");
+            o->rig.quantization = !strcmp(optarg, "int8") ? QUANT_INT8 : QUANT_INT4;
             break;
         case 't': good = number_parse(optarg, 1, 512, &o->rig.threads); break;
         case 'n': good = number_parse(optarg, 1, 1000, &o->rounds); break;
@@ -264,7 +270,10 @@ static void step_measure(struct rig *rig, int T, int rounds, struct step_cost *c
 // ------------------------------------------------------------------ what it must cost
 
 static void linear_add(const struct rig *rig, struct cost *cost, double out, double in, double T) {
-    cost->bytes += out * in * (double)dtype_bytes(rig->options.dtype);
+    double bytes = (double)dtype_bytes(rig->options.dtype);
+    if (rig->options.quantization == QUANT_INT8) bytes = 1;
+    if (rig->options.quantization == QUANT_INT4) bytes = 0.5 + 8.0 / 128; // scales and zeros
+    cost->bytes += out * in * bytes;
     cost->flops += 2 * out * in * T;
 }
 
@@ -357,15 +366,16 @@ static json_t *step_report(const struct rig *rig, const struct machine_peak *pea
 
 static json_t *report_head(const struct options *o, const struct machine_peak *peak,
                            json_t *steps) {
+    static const char *const quantization[] = {"none", "int8", "int4"};
     char cpu[200];
     machine_cpu_name(cpu, sizeof cpu);
     json_t *root = json_pack(
-        "{s:s,s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:i,s:i,s:b,s:o}", "what",
+        "{s:s,s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:s,s:i,s:i,s:b,s:o}", "what",
         "operations of a step against max(bytes / bandwidth, flops / peak)", "command", o->command,
         "commit", o->commit ? o->commit : "", "machine", "cpu", cpu, "device", o->rig.device, "threads", o->rig.threads, "limits",
         "read_bytes_per_s", peak->read_bytes_per_s, "f32_flops_per_s", peak->f32_flops_per_s,
         "bf16_flops_per_s", peak->bf16_flops_per_s, "model", o->rig.model, "dtype",
-        dtype_name(o->rig.dtype), "context", o->rig.context, "rank", o->rig.rank, "prefill",
+        dtype_name(o->rig.dtype), "quantization", quantization[o->rig.quantization], "context", o->rig.context, "rank", o->rig.rank, "prefill",
         o->rig.prefill, "steps", steps);
     return root;
 }

@@ -216,7 +216,8 @@ bool rig_init(struct rig *rig, const struct rig_options *options) {
         return false;
     }
     if (!shape_read(options->model, &rig->shape)) return false;
-    struct backend_options open = {.threads = options->threads, .dtype = options->dtype};
+    struct backend_options open = {.threads = options->threads, .dtype = options->dtype,
+                                   .quantization = options->quantization};
     struct error err;
     if (rig->ops->open(&open, &rig->backend, &err) != STATUS_OK) {
         fprintf(stderr, "lorad-bench roofline: %s\n", err.text);

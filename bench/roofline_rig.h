@@ -18,6 +18,7 @@ struct rig_options {
     const char *model; // folder with config.json
     const char *device; // cpu or cuda
     enum dtype dtype;
+    enum quantization quantization;
     int threads, context, rank;
     bool prefill;      // one sequence of all tokens; else one token a sequence
     int tokens_max;

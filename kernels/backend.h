@@ -30,9 +30,14 @@ enum lora_module { LORA_Q, LORA_K, LORA_V, LORA_O, LORA_GATE, LORA_UP, LORA_DOWN
 struct backend; // one open device
 struct linear;  // a weight matrix [out, in] in the backend's packed form
 
+// How base weight matrices are kept: as the dtype, or rounded to nearest in 8 bits (symmetric, a
+// scale for each row) or 4 bits (a scale and a zero for each 128 of a row).
+enum quantization { QUANT_NONE, QUANT_INT8, QUANT_INT4 };
+
 struct backend_options {
     int threads;        // CPU: 0 = all cores
     enum dtype dtype;   // type of weights and pool elements: DTYPE_F32 or DTYPE_BF16
+    enum quantization quantization; // STATUS_UNSUPPORTED where a backend has none
 };
 
 // The pool block: layer l of page p starts at byte (l * page_count + p) * page_elems * elem_bytes.

@@ -77,6 +77,8 @@ static char *choose_base_id(const struct options *o) {
 static enum status open_backend(struct program *p, struct error *err) {
     const char *device = p->options.device;
     struct backend_options options = {.threads = p->options.threads};
+    if (strcmp(p->options.quantization, "int8") == 0) options.quantization = QUANT_INT8;
+    if (strcmp(p->options.quantization, "int4") == 0) options.quantization = QUANT_INT4;
     bool automatic = strcmp(device, "auto") == 0;
     p->ops = backend_find(automatic ? "cuda" : device);
     if (!p->ops && !automatic)
@@ -102,8 +104,8 @@ static enum status load_model(struct program *p, struct error *err) {
     if (status) return status;
     p->context_max = o->max_model_len ? o->max_model_len : p->config.context_max;
     if ((status = open_backend(p, err))) return status;
-    log_event(LOG_INFO, "model_loading", "folder=%s backend=%s dtype=%s", o->model, p->ops->name,
-              dtype_name(p->dtype));
+    log_event(LOG_INFO, "model_loading", "folder=%s backend=%s dtype=%s quantization=%s", o->model,
+              p->ops->name, dtype_name(p->dtype), o->quantization);
     double begin_s = clock_seconds();
     struct model_options options = {.folder = o->model,
                                     .dummy = p->dummy,

@@ -192,10 +192,12 @@ static enum status cpu_open(const struct backend_options *options, struct backen
     enum status status = cpu_isa_choose(&kernels, err);
     bool dnnl = false;
     if (status == STATUS_OK) status = wants_dnnl(options->dtype, &dnnl, err);
+    dnnl = dnnl && options->quantization == QUANT_NONE;
     if (status != STATUS_OK) return status;
     struct backend *b = mem_zalloc(1, sizeof *b);
     b->kernels = kernels;
     b->dtype = options->dtype;
+    b->quantization = options->quantization;
     b->threads = cpu_threads_create(options->threads);
     b->thread_count = cpu_threads_count(b->threads);
     if (dnnl) status = cpu_dnnl_open(b->thread_count, b->dtype, &b->dnnl, err);

@@ -21,6 +21,7 @@ struct backend {
     struct cpu_threads *threads;
     int thread_count;
     enum dtype dtype; // of weights and pool elements
+    enum quantization quantization;
     struct pool_shape shape;
     char *pool;
     struct {
@@ -68,6 +69,15 @@ static inline char *cpu_page(const struct backend *b, int layer, int32_t page) {
     size_t index = (size_t)layer * (size_t)b->shape.page_count + (size_t)page;
     return b->pool + index * b->shape.page_elems * b->shape.elem_bytes;
 }
+
+// Weights in 8 or 4 bits (cpu_quant.c).
+struct quant_linear;
+MUST_CHECK enum status cpu_quant_create(struct backend *b, const void *weights, enum dtype dtype,
+                                        int out, int in, struct quant_linear **result,
+                                        struct error *err);
+void cpu_quant_destroy(struct quant_linear *linear);
+void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, float *y,
+                      const float *x, int tokens);
 
 // oneDNN's matmul in place of our tiles (cpu_dnnl.c).
 struct dnnl_context;

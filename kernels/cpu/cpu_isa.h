@@ -32,6 +32,25 @@ struct cpu_tile {
     size_t y_stride; // elements from one row to the next; panels lie side by side
 };
 
+// The tile with quantised weights: y[R rows, 16 columns a panel] from x in 16 bits and w in 8 or 4. A
+// panel is [words][16] pairs of neighbouring k: of int8, or, of two words at a time, of bytes with
+// the first word's number in the lower half (0 to 15) and the second's in the upper. A group of
+// group_words has a scale for each column, and with 4 bits what 0 stands for (zeros, already times
+// the scale). Between calls that share k (add, not last) y lacks x's scale.
+struct cpu_quant_tile {
+    const void *x; // [words][R] pairs of int16
+    const uint8_t *w;
+    const float *scales, *zeros; // of a panel [groups][16]; scale_stride to the next panel
+    const float *x_scales;       // [rows]
+    const float *x_sums;         // [groups][R], with 4 bits
+    size_t panel_stride, scale_stride; // bytes; floats
+    int words, group_words;      // whole groups but for the last
+    int rows, panels;            // as in struct cpu_tile
+    bool add, last;
+    float *y;
+    size_t y_stride;
+};
+
 // LoRA's shrink: dot products of DOT_ROWS rows of A with up to dot_tokens rows of x, a piece of each
 // at a time. Rows of A beyond `rows` repeat another.
 enum { DOT_ROWS = 4, DOT_TOKENS_MAX = 4 };
@@ -78,6 +97,12 @@ struct cpu_kernels {
     // cpu_packed_bytes(); an odd k is filled up with a zero.
     void (*pack_f32)(void *to, const float *x, size_t stride, int rows, int k);
     void (*pack_bf16)(void *to, const float *x, size_t stride, int rows, int k);
+
+    void (*tile_quant)(const struct cpu_quant_tile *tile, bool four_bits);
+    // x -> 16 bits for tile_quant, each row by its own scale[rows]; sums: NULL, or [groups][R].
+    // A group is a multiple of 128 elements. `to` holds cpu_packed_bytes(). A row with a number that is not finite gets a NaN for its scale.
+    void (*pack_quant)(void *to, float *scales, float *sums, const float *x, size_t stride,
+                       int rows, int k, int group_words);
 
     // 16 rows of n 4-byte words -> to[n][16]. A NULL row is zero.
     void (*transpose)(uint32_t *to, const uint32_t *const rows[PANEL], int n);

@@ -269,6 +269,10 @@ static void widen_panel(float *to, const uint32_t *pairs, int n) {
         }
 }
 
+// ------------------------------------------------------------------ quantised weights
+
+#include "kernels/cpu/cpu_quant_body.h"
+
 // ------------------------------------------------------------------ rows of activations
 
 static void rms_norm(float *y, float *x, const float *residual, const float *gain, float epsilon,
@@ -375,6 +379,8 @@ const struct cpu_kernels KERNELS = {
     .update_tokens = UPDATE_TOKENS,
     .dot = dot,
     .update = update,
+    .tile_quant = tile_quant,
+    .pack_quant = pack_quant,
     .pack_f32 = pack_f32,
     .pack_bf16 = pack_bf16,
     .transpose = transpose,

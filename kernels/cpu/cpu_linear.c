@@ -27,7 +27,8 @@ struct linear {
     int panels;
     int words; // of k: elements of f32, pairs of bf16
     uint32_t *panel; // [panels][words][PANEL]
-    struct dnnl_linear *dnnl;
+    struct dnnl_linear *dnnl;   // these two instead of panels
+    struct quant_linear *quant;
 };
 
 // ------------------------------------------------------------------ packing weights
@@ -85,14 +86,12 @@ enum status cpu_linear_create(struct backend *b, const void *weights, enum dtype
     l->in = in;
     l->panels = (out + PANEL - 1) / PANEL;
     l->words = b->dtype == DTYPE_BF16 ? (in + 1) / 2 : in;
-    if (b->dnnl) {
-        enum status status = create_dnnl(b, weights, dtype, l, err);
-        if (status != STATUS_OK) {
-            free(l);
-            return status;
-        }
-        *result = l;
-        return STATUS_OK;
+    if (b->quantization != QUANT_NONE || b->dnnl) {
+        enum status status = b->dnnl ? create_dnnl(b, weights, dtype, l, err)
+                                     : cpu_quant_create(b, weights, dtype, out, in, &l->quant, err);
+        if (status == STATUS_OK) *result = l;
+        else free(l);
+        return status;
     }
     size_t bytes = (size_t)l->panels * (size_t)l->words * PANEL * sizeof *l->panel;
     l->panel = cpu_memory(bytes);
@@ -111,6 +110,7 @@ void cpu_linear_destroy(struct backend *b, struct linear *linear) {
     (void)b;
     if (!linear) return;
     if (linear->dnnl) cpu_dnnl_linear_destroy(linear->dnnl);
+    cpu_quant_destroy(linear->quant);
     free(linear->panel);
     free(linear);
 }
@@ -216,6 +216,10 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
     if (tokens == 0) return;
     if (linear->dnnl) {
         cpu_dnnl_linear(b, linear->dnnl, y, x, tokens);
+        return;
+    }
+    if (linear->quant) {
+        cpu_quant_linear(b, linear->quant, y, x, tokens);
         return;
     }
     struct linear_job job = {.b = b, .linear = linear, .y = y, .x = x, .tokens = tokens};

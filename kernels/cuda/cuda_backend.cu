@@ -182,6 +182,9 @@ static enum status backend_open(const struct backend_options *options, struct ba
         return error_set(err, STATUS_UNSUPPORTED,
                          "the CUDA backend computes in f32 or bf16, not in %s",
                          dtype_name(options->dtype));
+    if (options->quantization != QUANT_NONE)
+        return error_set(err, STATUS_UNSUPPORTED, "the CUDA backend keeps weights in f32 or bf16; "
+                         "quantised ones are computed on the CPU alone (--device cpu)");
     struct backend *b = (struct backend *)mem_zalloc(1, sizeof *b);
     b->dtype = options->dtype;
     enum status status = device_open(b, err);

@@ -738,10 +738,10 @@ static void test_open_refuses(void **state) {
         enum status status;
         const char *says;
     } cases[] = {
-        {"mmx", "own", {1, DTYPE_F32}, STATUS_INVALID, "mmx"},
-        {"scalar", "mkl", {1, DTYPE_F32}, STATUS_INVALID, "mkl"},
-        {"scalar", "own", {1, DTYPE_F16}, STATUS_UNSUPPORTED, "f16"},
-        {"scalar", "own", {-1, DTYPE_F32}, STATUS_INVALID, "-1 threads"},
+        {"mmx", "own", {1, DTYPE_F32, 0}, STATUS_INVALID, "mmx"},
+        {"scalar", "mkl", {1, DTYPE_F32, 0}, STATUS_INVALID, "mkl"},
+        {"scalar", "own", {1, DTYPE_F16, 0}, STATUS_UNSUPPORTED, "f16"},
+        {"scalar", "own", {-1, DTYPE_F32, 0}, STATUS_INVALID, "-1 threads"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         setenv("LORAD_CPU_ISA", cases[i].isa, 1);

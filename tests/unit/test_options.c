@@ -64,6 +64,7 @@ static void test_refused(void **state) {
                 {"--model m --port 70000", "65535"}, {"--model m --max-seqs 0", "--max-seqs"},
                 {"--model m --adapter x", "NAME=DIR"}, {"--model m --adapter =x", "NAME=DIR"},
                 {"--model m --pool-bytes 4X", "--pool-bytes"}, {"--model m --dtype f64", "--dtype"},
+                {"--model m --quantization int5", "--quantization"},
                 {"--model m --device tpu", "--device"}, {"--model m --log-level loud", "--log-level"}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         struct options o;
