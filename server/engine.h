@@ -23,6 +23,10 @@ struct engine;
 // or whichever is faster.
 enum engine_preemption { PREEMPTION_AUTO, PREEMPTION_SWAP, PREEMPTION_RECOMPUTE };
 
+// Drafts of next tokens from where a text repeats itself (engine_draft.c): none, where it was measured
+// to pay, or wherever there is one.
+enum engine_speculation { SPECULATION_OFF, SPECULATION_AUTO, SPECULATION_ALWAYS };
+
 struct engine_options {
     int sequences_max;      // running at once
     int step_tokens_max;    // tokens in a step
@@ -36,6 +40,7 @@ struct engine_options {
     size_t host_bytes;      // of adapters' images in host memory; 0: no limit
     int load_threads;       // that read and copy adapters; 0: the engine does, between steps
     double load_share;      // host_store.h: paced_share; 0: the default
+    enum engine_speculation speculation;
     bool prefix_cache;      // equal prefixes within a tenant and adapter share pages
     enum eviction_policy eviction;
     enum engine_preemption preemption;

@@ -12,7 +12,7 @@
 struct builder {
     struct engine *engine;
     struct engine_batch *batch;
-    int tokens, spans, segments, rows;
+    int tokens, drafts, spans, segments, rows;
     int open[REQUEST_ADAPTERS_MAX], open_count; // segments that the sequence before is part of
 };
 
@@ -20,11 +20,12 @@ static void add_tokens(struct builder *builder, struct sequence *sequence) {
     const struct engine *engine = builder->engine;
     struct engine_batch *batch = builder->batch;
     const struct sched_item *item = &sequence->item;
-    VERIFY_OP(item->tokens_cached + item->planned, <=, item->tokens_total);
-    VERIFY_OP(builder->tokens + item->planned, <=, engine->options.step_tokens_max);
+    int count = item->planned + item->drafts, end = item->tokens_cached + count;
+    VERIFY_OP(end - item->drafts, <=, item->tokens_total);
+    VERIFY_OP(builder->tokens + count, <=, engine->options.step_tokens_max);
     sequence->token_first = builder->tokens;
-    for (int position = item->tokens_cached; position < item->tokens_cached + item->planned;
-         position++) {
+    builder->drafts += item->drafts;
+    for (int position = item->tokens_cached; position < end; position++) {
         VERIFY_OP(position / PAGE_TOKENS, <, sequence->page_count);
         int32_t page = sequence->pages[position / PAGE_TOKENS];
         VERIFY_OP(engine->page_tags[page], ==, page_tag_kv(sequence));
@@ -35,8 +36,8 @@ static void add_tokens(struct builder *builder, struct sequence *sequence) {
     }
     batch->spans[builder->spans++] =
         (struct attention_span){.token_first = sequence->token_first,
-                                .token_count = item->planned,
-                                .context = item->tokens_cached + item->planned,
+                                .token_count = count,
+                                .context = end,
                                 .pages = sequence->pages};
 }
 
@@ -82,7 +83,8 @@ static void add_segments(struct builder *builder, struct sequence *sequence) {
                               sequence->request->adapter_weights[i], sequence->token_first);
         if (open[i] == known) assert_adapter(builder, sequence, i);
         VERIFY_OP(sequence->item.adapters[i]->generation, ==, sequence->generations[i]);
-        builder->batch->segments[open[i]].token_count += sequence->item.planned;
+        builder->batch->segments[open[i]].token_count +=
+            sequence->item.planned + sequence->item.drafts;
     }
     for (int i = 0; i < count; i++) builder->open[i] = open[i];
     builder->open_count = count;
@@ -92,9 +94,9 @@ static void add_rows(struct builder *builder, struct sequence *sequence) {
     const struct sched_item *item = &sequence->item;
     bool finishes = item->tokens_cached + item->planned == item->tokens_total;
     sequence->row_first = builder->rows;
-    sequence->row_count = item->rows_all ? item->planned : finishes;
+    sequence->row_count = item->rows_all ? item->planned : finishes + item->drafts;
     VERIFY_OP(builder->rows + sequence->row_count, <=, builder->engine->options.sequences_max);
-    int last = sequence->token_first + item->planned;
+    int last = sequence->token_first + item->planned + item->drafts;
     for (int i = 0; i < sequence->row_count; i++)
         builder->batch->logit_rows[builder->rows++] = last - sequence->row_count + i;
 }
@@ -136,6 +138,7 @@ void engine_batch_build(struct engine *engine) {
         v_first += batch->segments[i].token_count;
     }
     VERIFY_OP(v_first, <=, builder.tokens * REQUEST_ADAPTERS_MAX);
+    batch->drafts = builder.drafts;
     count_adapters(engine, batch, builder.segments);
     batch->step = (struct model_step){.token_count = builder.tokens,
                                       .ids = batch->ids,

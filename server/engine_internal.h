@@ -5,6 +5,7 @@
 //   engine_adapters.c  adapters on their way to the device, before a step
 //   engine_ends.c    who must end now, and who cannot be in time
 //   engine_swap.c    what a preempted sequence keeps
+//   engine_draft.c   guesses of what comes next, checked in the same step
 //   engine_batch.c   the planned sequences as one struct model_step
 //   engine_output.c  rows of logits -> tokens -> events; the end of a request
 #ifndef LORAD_SERVER_ENGINE_INTERNAL_H
@@ -30,6 +31,7 @@ struct engine_batch {
     struct lora_segment *segments;    // [sequences_max * REQUEST_ADAPTERS_MAX]
     int32_t *logit_rows;              // [sequences_max]
     struct model_step step;
+    int drafts;   // of its tokens
     int adapters; // distinct ones
     uint64_t adapter_bytes; // of their images
 };
@@ -92,6 +94,7 @@ struct engine {
     int step_event_count, step_events_max;
     struct {
         double token_s;          // of a prompt's token
+        double decode_s;         // of a step in which all decode, a sequence
         double swap_bytes_per_s; // between pages and host memory
     } rates; // 0: not measured yet
     double waiting_deadline_s; // earliest of those that wait; INFINITY = none
@@ -125,7 +128,7 @@ void engine_end_due(struct engine *engine, bool cancels, double now_s);
 double engine_first_token_wait_s(const struct engine *engine, int ahead);
 
 // engine_swap.c
-void engine_learn_step(struct engine *engine, double step_s, int tokens, int rows);
+void engine_learn_step(struct engine *engine, double step_s, int tokens, int rows, int drafts);
 void engine_learn_copies(struct engine *engine, const struct host_store_counts *counts);
 void engine_swap_out(struct engine *engine, struct sequence *sequence);
 void engine_swap_in(struct engine *engine, struct sequence *sequence);
@@ -138,6 +141,11 @@ void engine_forget_hint(struct engine *engine, const struct adapter *adapter);
 // `sequence` begins (1) or stops (-1) to wait for its adapters; says whether it is cold.
 void engine_want_adapters(struct engine *engine, struct sequence *sequence, int change);
 void engine_release_held(struct engine *engine, struct sequence *sequence, double now_s);
+
+// engine_draft.c
+void engine_draft(struct engine *engine); // before a plan: item.drafts of who runs
+// Of `drafts` that were computed for a sequence, `accepted` were right.
+void engine_learn_drafts(struct sequence *sequence, int drafts, int accepted);
 
 // engine_batch.c: what `running` has planned, as engine->batch.step.
 void engine_batch_build(struct engine *engine);

@@ -221,6 +221,37 @@ static void share_pages(struct engine *engine, struct sequence *sequence) {
         engine->page_tags[sequence->pages[i]] = page_tag_shared(sequence);
 }
 
+// Pages that only drafts filled go back.
+static void trim_pages(struct engine *engine, struct sequence *sequence) {
+    int keep = sched_pages(sequence->item.tokens_total);
+    if (sequence->page_count <= keep) return;
+    pool_give(engine->pool, PAGE_KV, sequence->pages + keep, sequence->page_count - keep);
+    sequence->page_count = keep;
+}
+
+// The first row gives the next token; as long as that is what was drafted, the row behind it was
+// computed with the right tokens before it and gives the one after. Whatever else the rows hold is
+// forgotten, and their places in the cache are written again.
+static void generate_rows(struct engine *engine, struct sequence *sequence, const float *rows,
+                          double now_s) {
+    struct sched_item *item = &sequence->item;
+    int drafts = item->drafts, accepted = 0, running = engine->running_count;
+    size_t vocabulary = (size_t)engine->config.vocabulary;
+    for (;; accepted++) {
+        int32_t draft = accepted < drafts ? sequence->tokens[item->tokens_total] : -1;
+        generate(engine, sequence, rows + (size_t)accepted * vocabulary, now_s);
+        bool ended = engine->running_count < running;
+        if (ended || sequence->tokens[item->tokens_total - 1] != draft) break;
+        sequence_cached(sequence, 1);
+        share_pages(engine, sequence);
+    }
+    atomic_fetch_add(&engine->metrics->drafts, (uint64_t)drafts);
+    atomic_fetch_add(&engine->metrics->drafts_accepted, (uint64_t)accepted);
+    if (engine->running_count < running) return; // it has ended
+    if (drafts > 0) engine_learn_drafts(sequence, drafts, accepted);
+    trim_pages(engine, sequence);
+}
+
 static void take_rows(struct engine *engine, struct sequence *sequence, const float *logits,
                       double now_s) {
     struct sched_item *item = &sequence->item;
@@ -234,11 +265,12 @@ static void take_rows(struct engine *engine, struct sequence *sequence, const fl
         echo(engine, sequence, first + i, rows + (size_t)i * vocabulary);
     if (sequence->echoed == sequence->request->prompt_count) item->rows_all = false;
     if (item->tokens_cached < item->tokens_total) return; // more of the prompt is to come
-    VERIFY_OP(sequence->row_count, >, 0);
+    VERIFY_OP(sequence->row_count, >, item->drafts);
     if (sequence->request->sampling.max_tokens == 0)
         engine_end_early(engine, sequence, FINISH_LENGTH, STATUS_OK, now_s);
     else
-        generate(engine, sequence, rows + (size_t)(sequence->row_count - 1) * vocabulary, now_s);
+        generate_rows(engine, sequence,
+                      rows + (size_t)(sequence->row_count - 1 - item->drafts) * vocabulary, now_s);
 }
 
 void engine_take_rows(struct engine *engine, const float *logits, double now_s) {

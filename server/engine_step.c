@@ -167,6 +167,7 @@ static void plan(struct engine *engine) {
                                   .window = SCHED_WINDOW};
     engine->window_count = tenants_window(engine->tenants, false, engine->window, SCHED_WINDOW);
     for (int i = 0; i < engine->window_count; i++) peek(engine, sequence_of(engine->window[i]));
+    engine_draft(engine);
     sched_plan(engine->running, engine->running_count, engine->window, engine->window_count,
                &limits, engine->sched_scratch);
 }
@@ -269,6 +270,26 @@ static void find_pages(struct engine *engine, double now_s) {
     }
 }
 
+// Drafts get pages only while some are free: nobody leaves for a guess.
+static void find_draft_pages(struct engine *engine) {
+    for (int i = 0; i < engine->running_count; i++) {
+        struct sequence *sequence = sequence_of(engine->running[i]);
+        struct sched_item *item = &sequence->item;
+        if (item->drafts == 0) continue;
+        int end = item->tokens_cached + item->planned;
+        int missing = sched_pages(end + item->drafts) - sequence->page_count;
+        int32_t *pages = &sequence->pages[sequence->page_count];
+        if (missing <= 0) continue;
+        VERIFY_OP(sequence->page_count + missing, <=, sequence->pages_max);
+        if (pool_take(engine->pool, PAGE_KV, missing, pages) != STATUS_OK) {
+            item->drafts = sequence->page_count * PAGE_TOKENS - end;
+            continue;
+        }
+        tag_pages(engine, pages, missing, page_tag_kv(sequence));
+        sequence->page_count += missing;
+    }
+}
+
 static void compute(struct engine *engine) {
     engine_batch_build(engine);
     const struct engine_batch *batch = &engine->batch;
@@ -282,7 +303,8 @@ static void compute(struct engine *engine) {
         engine_end_due(engine, true, after);
         return;
     }
-    engine_learn_step(engine, after - before, batch->step.token_count, batch->step.logit_count);
+    engine_learn_step(engine, after - before, batch->step.token_count, batch->step.logit_count,
+                      batch->drafts);
     engine_take_rows(engine, logits, after);
     engine_update_metrics(engine, after - before);
 }
@@ -345,6 +367,7 @@ bool engine_step(struct engine *engine) {
                                                      : HOST_PACED);
     if (works) {
         find_pages(engine, now_s);
+        find_draft_pages(engine);
         compute(engine);
         assert_pages(engine);
     } else {

@@ -20,8 +20,10 @@ static void smooth(double *known, double value) {
 
 // ------------------------------------------------------------------ rates
 
-// A step that computed `tokens` tokens, most of them of prompts, tells what one of those takes.
-void engine_learn_step(struct engine *engine, double step_s, int tokens, int rows) {
+// A step that computed `tokens` tokens, most of them of prompts, tells what one of those takes; one
+// with as many rows, what a decode does.
+void engine_learn_step(struct engine *engine, double step_s, int tokens, int rows, int drafts) {
+    if (tokens == rows) smooth(&engine->rates.decode_s, step_s / (tokens - drafts));
     if (tokens < 32 || tokens < 4 * rows) return;
     smooth(&engine->rates.token_s, step_s / tokens);
     if (engine->prefix) prefix_set_cost(engine->prefix, engine->rates.token_s * PAGE_TOKENS);

@@ -151,6 +151,11 @@ static enum status create_engine(struct program *p, struct error *err) {
                                                        : PREEMPTION_AUTO,
                                      .load_threads = o->load_threads,
                                      .load_share = o->load_share / 100.0,
+                                     .speculation = strcmp(o->speculation, "off") == 0
+                                                        ? SPECULATION_OFF
+                                                    : strcmp(o->speculation, "always") == 0
+                                                        ? SPECULATION_ALWAYS
+                                                        : SPECULATION_AUTO,
                                      .prefix_cache = o->prefix_cache,
                                      .tenant_weights = o->tenant_weights,
                                      .tenant_weight_count = o->tenant_weight_count,

@@ -27,6 +27,7 @@ struct metrics {
     _Atomic uint64_t host_bytes, host_reads, host_read_failures, host_read_us, host_copy_us;
     _Atomic uint64_t early_aborts, swaps, swapped_bytes; // bytes both ways
     _Atomic uint64_t step_adapter_bytes; // of distinct adapters, summed over steps
+    _Atomic uint64_t drafts, drafts_accepted; // tokens
     _Atomic uint64_t prefix_queries, prefix_hits; // tokens looked up; of those, found
     _Atomic int step_tokens, step_adapters, step_adapters_max; // of the last step; and the most ever
     // Tokens by tenant: the first ones that came; all others share the last place.

@@ -67,6 +67,11 @@ static const struct option table[] = {
      "1 keeps computed prompts, so that requests of the same tenant and adapter with an equal\n"
      "prefix do not compute it again (as far as the pool has room)",
      KIND_INT, AT(prefix_cache), 0, 1},
+    {"speculation", "WHEN", "auto",
+     "guess the next tokens where a text repeats itself, and compute them in one step: right\n"
+     "guesses save steps, and the output stays the same. auto guesses where it was measured to\n"
+     "pay, always wherever it can, off never",
+     KIND_TEXT, AT(speculation), 0, 0},
     {"max-seqs", "N", "64", "sequences that run at once", KIND_INT, AT(max_seqs), 1, 4096},
     {"max-step-tokens", "N", "512", "tokens in a step: longer prompts are prefilled in chunks",
      KIND_INT, AT(max_step_tokens), 1, 65536},
@@ -206,6 +211,8 @@ static enum status check(const struct options *o, struct error *err) {
                          "converted)");
     if (!one_of(o->quantization, (const char *const[]){"none", "int8", "int4", NULL}))
         return error_set(err, STATUS_INVALID, "--quantization is none, int8 or int4");
+    if (!one_of(o->speculation, (const char *const[]){"off", "auto", "always", NULL}))
+        return error_set(err, STATUS_INVALID, "--speculation is off, auto or always");
     if (!one_of(o->preemption, (const char *const[]){"auto", "swap", "recompute", NULL}))
         return error_set(err, STATUS_INVALID, "--preemption is auto, swap or recompute");
     if (!one_of(o->load_format, (const char *const[]){"auto", "dummy", NULL}))

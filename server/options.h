@@ -14,7 +14,7 @@
 enum { OPTION_ADAPTERS_MAX = 20000 };
 
 struct options {
-    const char *model, *adapter_dir, *host, *device, *dtype, *quantization, *load_format, *served_model_name;
+    const char *model, *adapter_dir, *host, *device, *dtype, *quantization, *speculation, *load_format, *served_model_name;
     const char *api_key_file, *admin_key_file, *log_level, *log_format, *state_dir, *preemption;
     char **adapters; // "NAME=SOURCE", borrowed from argv
     int adapter_count;

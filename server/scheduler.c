@@ -206,6 +206,20 @@ static void admit_walk(struct planner *planner, struct sched_item *const *waitin
     }
 }
 
+// Each draft is a token and a row of logits.
+static void plan_drafts(struct planner *planner, struct sched_item *const *running, int count) {
+    const struct sched_limits *limits = planner->limits;
+    for (int i = 0; i < count; i++) {
+        struct sched_item *item = running[i];
+        if (item->planned == 0 || item->planned < tokens_to_do(item) || item->rows_all)
+            item->drafts = 0;
+        item->drafts = min_int(item->drafts, limits->step_tokens_max - planner->tokens);
+        item->drafts = min_int(item->drafts, limits->rows_max - planner->rows);
+        planner->tokens += item->drafts;
+        planner->rows += item->drafts;
+    }
+}
+
 int sched_running_peak(struct sched_item *const *running, int running_count,
                        struct sched_scratch *scratch) {
     scratch->load_count = 0;
@@ -231,7 +245,7 @@ struct sched_plan sched_plan(struct sched_item *const *running, int running_coun
     }
     int window = min_int(waiting_count, limits->window);
     for (int i = 0; i < waiting_count; i++) {
-        waiting[i]->planned = 0;
+        waiting[i]->planned = waiting[i]->drafts = 0;
         waiting[i]->admit = false;
     }
     plan_running(&planner, running, running_count, true);
@@ -240,6 +254,7 @@ struct sched_plan sched_plan(struct sched_item *const *running, int running_coun
     planner.rows_kept = 0;
     admit_walk(&planner, waiting, window, true);
     admit_walk(&planner, waiting, window, false);
+    plan_drafts(&planner, running, running_count);
     VERIFY_OP(planner.tokens, <=, limits->step_tokens_max);
     VERIFY_OP(planner.rows, <=, limits->rows_max);
     return (struct sched_plan){.tokens = planner.tokens, .rows = planner.rows,

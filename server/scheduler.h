@@ -5,7 +5,8 @@
 //   1. decodes (one token to compute) of running sequences, least recently run first;
 //   2. prefill chunks of running sequences, in waiting order, up to the step's token budget;
 //   3. admissions from the waiting list, with a first chunk each, while budget, places and pages
-//      allow.
+//      allow;
+//   4. drafts of decoding sequences (engine_draft.c), with what budget is left.
 // Admission (S-LoRA, arXiv 2311.03285): with the sequences sorted by tokens left, the i-th
 // finishes when those before it are still there and each has grown by left_i; the largest of
 // those sums, in whole pages, must fit beside the adapters in use.
@@ -27,6 +28,7 @@ struct sched_item {
     int tokens_cached; // of those, in the KV cache
     int tokens_left;   // by how many tokens the cache may still grow beyond tokens_total
     int tokens_hit;    // who waits: of its tokens, likely to be found in the prefix cache
+    int drafts;        // guessed tokens behind the last one; out: those computed with a decode
     int tokens_shared; // tokens in pages that limits.fixed_pages counts
     bool rows_all;     // wants logits of every token, not of the last one alone
     int priority;      // smaller first

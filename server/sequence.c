@@ -73,6 +73,7 @@ struct sequence *sequence_create(struct request *request, const struct tokenizer
     sequence->pages_max = sequence_pages_max(request);
     sequence->pages = mem_zalloc((size_t)sequence->pages_max, sizeof *sequence->pages);
     sequence->echoed = 1;
+    sequence->draft_rate = DRAFT_RATE_UNKNOWN;
     set_scope(sequence);
     for (int i = 0; i < request->adapter_count; i++)
         sequence->generations[i] = request->adapters[i]->generation;
@@ -149,7 +150,7 @@ void sequence_preempt(struct sequence *sequence) {
     VERIFY_OP(sequence->state, ==, SEQUENCE_RUNNING);
     sequence->state = SEQUENCE_WAITING;
     sequence->item.tokens_cached = 0;
-    sequence->item.planned = 0;
+    sequence->item.planned = sequence->item.drafts = 0;
     sequence->item.passed = 0;
     sequence->peek_step = 0;
     sequence->spared = true;

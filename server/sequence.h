@@ -22,6 +22,7 @@
 #include "server/stop_match.h"
 #include "server/text/tokenizer.h"
 
+#define DRAFT_RATE_UNKNOWN 0.5f
 enum sequence_state { SEQUENCE_WAITING, SEQUENCE_RUNNING, SEQUENCE_ENDED };
 
 struct sequence {
@@ -30,7 +31,8 @@ struct sequence {
     struct request *request;
     uint64_t generations[REQUEST_ADAPTERS_MAX]; // of its adapters, as they were when it came
     uint64_t seed;
-    int32_t *tokens; // [prompt_count + max_tokens], the first item.tokens_total are there
+    int32_t *tokens; // [prompt_count + max_tokens], the first item.tokens_total are there, and
+                     // behind them item.drafts
     int32_t *pages;  // [pages_max], the first page_count are its own
     int page_count, pages_max;
     int shared_count; // of them, the first that are nodes of the prefix cache
@@ -42,6 +44,7 @@ struct sequence {
     void *swap;                // its KV in host memory (engine_swap.c), or NULL
     int swap_tokens;           // of how many tokens
     uint8_t held_adapters;     // WAITING: its adapters that it keeps, by bits (engine_adapters.c)
+    float draft_rate; // share of its drafts that were right, smoothed
     int echoed; // prompt tokens that have had their event; the first has none
 
     // Text: detokenized, not yet sent.
