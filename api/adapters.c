@@ -70,12 +70,21 @@ static json_t *adapter_json(const struct adapter *a) {
                      (json_int_t)atomic_load(&a->requests), "tokens", (json_int_t)atomic_load(&a->tokens));
 }
 
+// With the name of whom it shares pages with, if anybody.
+static json_t *one_adapter_json(struct registry *registry, struct adapter *adapter) {
+    json_t *answer = adapter_json(adapter);
+    struct adapter *twin = registry_twin(registry, adapter);
+    json_object_set_new(answer, "pages_of", twin ? json_string(twin->name) : json_null());
+    adapter_unref(twin);
+    return answer;
+}
+
 void handle_adapters(struct connection *c, const struct http_request *r, const char *tail) {
     if (*tail) {
         struct adapter *adapter = registry_find(c->api->setup.registry, tail);
-        if (adapter) respond_json(c, 200, adapter_json(adapter));
+        if (adapter) respond_json(c, 200, one_adapter_json(c->api->setup.registry, adapter));
         else respond_refusal(c, 404, "id", NULL, "there is no such adapter");
-        if (adapter) adapter_unref(adapter);
+        adapter_unref(adapter);
         return;
     }
     struct adapter **list;

@@ -194,6 +194,7 @@ static enum status add_adapter(struct builder *b, const char *name, float weight
                                "there is no model or adapter '%.128s'; GET /v1/models lists them",
                                name);
     p->adapter_weights[p->adapter_count] = weight;
+    p->twins[p->adapter_count] = registry_twin(b->completion->api->setup.registry, adapter);
     p->adapters[p->adapter_count++] = adapter;
     return STATUS_OK;
 }
@@ -249,6 +250,7 @@ static struct request *request_copy(const struct request *pattern) {
     r->adapter_count = pattern->adapter_count;
     for (int i = 0; i < r->adapter_count; i++) {
         r->adapters[i] = adapter_ref(pattern->adapters[i]);
+        if (pattern->twins[i]) r->twins[i] = adapter_ref(pattern->twins[i]);
         r->adapter_weights[i] = pattern->adapter_weights[i];
     }
     r->stop_count = pattern->stop_count;

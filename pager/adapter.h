@@ -54,6 +54,9 @@ struct adapter {
     _Atomic bool retired;  // unloaded: no new requests
     _Atomic bool forced;   // unloaded by force: requests that use it end, too
     _Atomic bool pinned;   // evicted last
+    struct adapter *twin;  // registry.c's, under its lock: borrowed; NULL: its own pages serve
+    bool twin_sought;
+    int twins;             // how many others' twin it is
     _Atomic uint64_t requests, tokens;
     _Atomic double last_used_s; // monotonic; 0: never resident; the engine writes it
 

@@ -50,6 +50,26 @@ static bool uses(const struct sched_item *item, const struct adapter *adapter) {
     return false;
 }
 
+// Files of a twin may be gone with its registration: then the request's own adapter serves.
+static bool part_twins(struct engine *engine, struct sequence *sequence,
+                       const struct adapter *adapter, double now_s) {
+    bool parted = false;
+    struct sched_item *item = &sequence->item;
+    for (int i = 0; i < item->adapter_count; i++) {
+        if (item->adapters[i] != adapter || sequence->request->adapters[i] == adapter) continue;
+        engine_release_held(engine, sequence, now_s);
+        engine_want_adapters(engine, sequence, -1);
+        sequence_part_twin(sequence, i);
+        bool was_cold = item->cold;
+        engine_want_adapters(engine, sequence, 1);
+        bool cold = item->cold;
+        item->cold = was_cold; // the queue that it stands in
+        if (cold != was_cold) tenants_set_cold(engine->tenants, item, cold);
+        parted = true;
+    }
+    return parted && !uses(item, adapter);
+}
+
 // The client did nothing wrong: whatever it was, to the client it is the server's failure.
 static void read_failed(struct engine *engine, const struct host_event *event, double now_s) {
     char text[sizeof event->text];
@@ -57,7 +77,9 @@ static void read_failed(struct engine *engine, const struct host_event *event, d
              event->text);
     for (int i = 0; i < engine->waiting_count;) {
         struct sequence *sequence = sequence_of(engine->waiting_list[i]);
-        if (!uses(&sequence->item, event->adapter)) i++;
+        if (!uses(&sequence->item, event->adapter) ||
+            part_twins(engine, sequence, event->adapter, now_s))
+            i++;
         else engine_end_with(engine, sequence, STATUS_IO, text, now_s);
     }
     engine_forget_hint(engine, event->adapter);

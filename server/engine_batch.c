@@ -41,13 +41,14 @@ static void add_tokens(struct builder *builder, struct sequence *sequence) {
                                 .pages = sequence->pages};
 }
 
-// The open segment that goes on with this adapter and weight, or a new one.
+// The open segment behind `after` that goes on with this adapter and weight, or a new one: a token's
+// adapters are summed up in the order of their segments, which must be the request's own.
 static int segment_for(struct builder *builder, const struct adapter *adapter, float weight,
-                       int token_first) {
+                       int token_first, int after) {
     struct lora_segment *segments = builder->batch->segments;
     for (int i = 0; i < builder->open_count; i++) {
         const struct lora_segment *open = &segments[builder->open[i]];
-        if (open->pages == adapter->pages && open->weight == weight &&
+        if (builder->open[i] > after && open->pages == adapter->pages && open->weight == weight &&
             open->token_first + open->token_count == token_first)
             return builder->open[i];
     }
@@ -80,7 +81,8 @@ static void add_segments(struct builder *builder, struct sequence *sequence) {
     for (int i = 0; i < count; i++) {
         int known = builder->segments;
         open[i] = segment_for(builder, sequence->item.adapters[i],
-                              sequence->request->adapter_weights[i], sequence->token_first);
+                              sequence->request->adapter_weights[i], sequence->token_first,
+                              i > 0 ? open[i - 1] : -1);
         if (open[i] == known) assert_adapter(builder, sequence, i);
         VERIFY_OP(sequence->item.adapters[i]->generation, ==, sequence->generations[i]);
         builder->batch->segments[open[i]].token_count +=

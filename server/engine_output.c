@@ -166,7 +166,7 @@ static void count_token(struct engine *engine, struct sequence *sequence, double
     atomic_fetch_add(&metrics->generation_tokens, 1);
     atomic_fetch_add(&metrics->tenants[sequence->tenant_place].generation_tokens, 1);
     for (int i = 0; i < sequence->item.adapter_count; i++)
-        atomic_fetch_add(&sequence->item.adapters[i]->tokens, 1);
+        atomic_fetch_add(&sequence->request->adapters[i]->tokens, 1);
 }
 
 // One new token: drawn, appended, turned into text, and maybe the last one.
@@ -293,7 +293,7 @@ static void join_names(struct sched_item *const *items, int count, char *text, s
     text[0] = 0;
     for (int i = 0; i < count && i < ITEMS_MAX; i++)
         for (int j = 0; j < items[i]->adapter_count; j++) {
-            const struct adapter *adapter = items[i]->adapters[j];
+            const struct adapter *adapter = sequence_of(items[i])->request->adapters[j];
             int at = 0;
             while (at < seen_count && seen[at] != adapter) at++;
             size_t length = strlen(adapter->name);

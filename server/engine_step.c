@@ -29,7 +29,7 @@ static bool batched_before(const struct sched_item *a, const struct sched_item *
     const struct request *x = sequence_of((struct sched_item *)a)->request;
     const struct request *y = sequence_of((struct sched_item *)b)->request;
     for (int i = 0; i < x->adapter_count && i < y->adapter_count; i++) {
-        uint64_t left = x->adapters[i]->generation, right = y->adapters[i]->generation;
+        uint64_t left = a->adapters[i]->generation, right = b->adapters[i]->generation;
         if (left != right) return left < right;
         if (x->adapter_weights[i] != y->adapter_weights[i])
             return x->adapter_weights[i] < y->adapter_weights[i];

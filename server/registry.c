@@ -70,6 +70,50 @@ static void entry_unlink(struct registry *registry, struct entry **link) {
     free(entry);
 }
 
+// ------------------------------------------------------------------ twins; under the mutex
+
+// Whoever shared the pages of one that goes looks for another.
+static void part_twins(struct registry *registry, struct adapter *leaving) {
+    if (!leaving) return;
+    if (leaving->twin) leaving->twin->twins--;
+    leaving->twin = NULL;
+    for (size_t i = 0; leaving->twins > 0 && i < registry->bucket_count; i++)
+        for (struct entry *entry = registry->buckets[i]; entry; entry = entry->next) {
+            if (!entry->adapter || entry->adapter->twin != leaving) continue;
+            entry->adapter->twin = NULL;
+            entry->adapter->twin_sought = false;
+            leaving->twins--;
+        }
+    VERIFY_OP(leaving->twins, ==, 0);
+}
+
+// One that serves for itself and has the same content.
+static struct adapter *seek_twin(struct registry *registry, const struct adapter *adapter) {
+    for (size_t i = 0; i < registry->bucket_count; i++)
+        for (struct entry *entry = registry->buckets[i]; entry; entry = entry->next) {
+            struct adapter *other = entry->adapter;
+            if (other && other != adapter && other->twin_sought && !other->twin &&
+                strcmp(other->digest, adapter->digest) == 0)
+                return other;
+        }
+    return NULL;
+}
+
+struct adapter *registry_twin(struct registry *registry, struct adapter *adapter) {
+    if (!atomic_load(&adapter->digest_known)) return NULL;
+    pthread_mutex_lock(&registry->mutex);
+    struct entry *entry = *find_link(registry, adapter->name);
+    bool registered = entry && entry->adapter == adapter;
+    if (registered && !adapter->twin_sought) {
+        adapter->twin = seek_twin(registry, adapter);
+        adapter->twin_sought = true;
+        if (adapter->twin) adapter->twin->twins++;
+    }
+    struct adapter *twin = registered && adapter->twin ? adapter_ref(adapter->twin) : NULL;
+    pthread_mutex_unlock(&registry->mutex);
+    return twin;
+}
+
 static void retire(struct adapter *adapter) {
     if (!adapter) return;
     atomic_store(&adapter->retired, true);
@@ -89,6 +133,7 @@ void registry_destroy(struct registry *registry) {
     if (!registry) return;
     for (size_t i = 0; i < registry->bucket_count; i++)
         while (registry->buckets[i]) {
+            part_twins(registry, registry->buckets[i]->adapter);
             retire(registry->buckets[i]->adapter);
             entry_unlink(registry, &registry->buckets[i]);
         }
@@ -153,6 +198,7 @@ void registry_commit(struct registry *registry, const char *name, struct adapter
     (*link)->loading = false;
     if (adapter) {
         replaced = (*link)->adapter;
+        part_twins(registry, replaced);
         (*link)->adapter = adapter;
     } else if (!(*link)->adapter) {
         entry_unlink(registry, link);
@@ -196,6 +242,7 @@ void registry_end_remove(struct registry *registry, const char *name, bool remov
     (*link)->loading = false;
     if (remove) {
         removed = (*link)->adapter;
+        part_twins(registry, removed);
         entry_unlink(registry, link);
     }
     pthread_mutex_unlock(&registry->mutex);

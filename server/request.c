@@ -19,7 +19,10 @@ void request_destroy(struct request *request) {
     VERIFY(request->sequence == NULL);
     VERIFY_OP(request->adapter_count, <=, REQUEST_ADAPTERS_MAX);
     VERIFY_OP(request->stop_count, <=, STOP_STRINGS_MAX);
-    for (int i = 0; i < request->adapter_count; i++) adapter_unref(request->adapters[i]);
+    for (int i = 0; i < request->adapter_count; i++) {
+        adapter_unref(request->adapters[i]);
+        adapter_unref(request->twins[i]);
+    }
     for (int i = 0; i < request->stop_count; i++) free(request->stop[i]);
     free((void *)request->sampling.bias_ids);
     free((void *)request->sampling.bias_values);

@@ -37,6 +37,8 @@ struct request {
     char tenant[64];
     char *cache_salt; // malloc'd, owned; pages of other salts are not shared; NULL is ""
     struct adapter *adapters[REQUEST_ADAPTERS_MAX]; // referenced; released with the request
+    struct adapter *twins[REQUEST_ADAPTERS_MAX]; // NULL, or another of equal content, referenced,
+                                                 // whose pages serve instead (registry.h)
     float adapter_weights[REQUEST_ADAPTERS_MAX];
     int adapter_count;
     int32_t *prompt; // malloc'd, owned

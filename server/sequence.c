@@ -42,12 +42,26 @@ static void set_scope(struct sequence *sequence) {
     const char *salt = request->cache_salt ? request->cache_salt : "";
     sha256_update(&hash, salt, strlen(salt) + 1);
     for (int i = 0; i < request->adapter_count; i++) {
-        sha256_update(&hash, &request->adapters[i]->generation, sizeof(uint64_t));
+        sha256_update(&hash, &sequence->generations[i], sizeof(uint64_t));
         sha256_update(&hash, &request->adapter_weights[i], sizeof(float));
     }
     sha256_bytes(&hash, sequence->scope.bytes);
     memcpy(&sequence->scope_tag, sequence->scope.bytes, sizeof sequence->scope_tag);
-    if (request->adapter_count > 0) sequence->scope.list = &request->adapters[0]->prefixes;
+    if (request->adapter_count > 0) sequence->scope.list = &sequence->adapters[0]->prefixes;
+}
+
+static void set_adapter(struct sequence *sequence, int i, struct adapter *adapter) {
+    sequence->adapters[i] = adapter;
+    sequence->generations[i] = adapter->generation;
+}
+
+void sequence_part_twin(struct sequence *sequence, int i) {
+    VERIFY_OP(sequence->state, ==, SEQUENCE_WAITING);
+    VERIFY_OP(sequence->held_adapters, ==, 0);
+    set_adapter(sequence, i, sequence->request->adapters[i]);
+    set_scope(sequence);
+    sequence->peek_step = 0;
+    sequence->item.tokens_hit = 0;
 }
 
 static void prime_detokenizer(struct sequence *sequence) {
@@ -74,15 +88,15 @@ struct sequence *sequence_create(struct request *request, const struct tokenizer
     sequence->pages = mem_zalloc((size_t)sequence->pages_max, sizeof *sequence->pages);
     sequence->echoed = 1;
     sequence->draft_rate = DRAFT_RATE_UNKNOWN;
-    set_scope(sequence);
     for (int i = 0; i < request->adapter_count; i++)
-        sequence->generations[i] = request->adapters[i]->generation;
+        set_adapter(sequence, i, request->twins[i] ? request->twins[i] : request->adapters[i]);
+    set_scope(sequence);
     sequence->item = (struct sched_item){.tokens_total = request->prompt_count,
                                          .rows_all = request->echo_logprobs &&
                                                      request->prompt_count > 1,
                                          .priority = request->priority,
                                          .arrival = arrival,
-                                         .adapters = request->adapters,
+                                         .adapters = sequence->adapters,
                                          .adapter_count = request->adapter_count};
     sequence->item.tokens_left = growth(sequence);
     sequence->submitted_s = now_s;

@@ -29,7 +29,8 @@ struct sequence {
     struct sched_item item; // first, so that the scheduler's items are sequences
     enum sequence_state state;
     struct request *request;
-    uint64_t generations[REQUEST_ADAPTERS_MAX]; // of its adapters, as they were when it came
+    struct adapter *adapters[REQUEST_ADAPTERS_MAX]; // whose pages serve: the request's, or twins
+    uint64_t generations[REQUEST_ADAPTERS_MAX];     // theirs, as they were when it came
     uint64_t seed;
     int32_t *tokens; // [prompt_count + max_tokens], the first item.tokens_total are there, and
                      // behind them item.drafts
@@ -70,6 +71,9 @@ struct sequence *sequence_of(struct sched_item *item);
 int sequence_generated(const struct sequence *sequence);
 // Pages that `request` fills when it is longest.
 int sequence_pages_max(const struct request *request);
+
+// From now on the request's own adapter serves in place of its twin `i`. WAITING, nothing held.
+void sequence_part_twin(struct sequence *sequence, int i);
 
 // Transitions of the record alone: the engine moves pages and adapters.
 void sequence_start(struct sequence *sequence);

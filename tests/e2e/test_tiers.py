@@ -123,3 +123,50 @@ def test_ten_thousand_are_registered_at_once():
     assert many.tokens(model="a00003", prompt=[1]) == few.tokens(model="a00003", prompt=[1])
     assert len(many.request("GET", "/v1/models")[1]["data"]) == 10001
     assert few.stop() == 0 and many.stop() == 0
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """Two folders of the same content, and one of other content."""
+    for name, source in (("one", "kjv"), ("two", "kjv"), ("other", "law")):
+        shutil.copytree(ROOT / "demo/adapters" / source, tmp_path / name)
+    return tmp_path
+
+
+def test_equal_content_shares_pages(copies):
+    server = Server("--adapter-dir", str(copies), model=ROOT / "demo/model")
+    ask = {"prompt": "3:1 And it came to pass", "max_tokens": 24}
+    wanted = server.tokens(model="one", **ask)
+    assert server.tokens(model="two", **ask) == wanted  # each read for itself: only now known as one
+    assert server.tokens(model="other", **ask) != wanted
+    shares = {name: adapter(server, name)["pages_of"] for name in ("one", "two", "other")}
+    assert shares == {"one": None, "two": "one", "other": None}
+    requests = adapter(server, "two")["requests"]
+    assert server.tokens(model="two", **ask) == wanted
+    assert adapter(server, "two")["requests"] == requests + 1  # counted under its own name
+    assert server.request("POST", "/v1/unload_lora_adapter", {"lora_name": "one"})[0] == 200
+    assert adapter(server, "two")["pages_of"] is None
+    assert server.tokens(model="two", **ask) == wanted
+    assert server.stop() == 0
+
+
+def test_twin_whose_files_are_gone(copies):
+    probe = Server("--adapter-dir", str(copies), model=ROOT / "demo/model")
+    ask = {"prompt": "3:1 And it came to pass", "max_tokens": 8}
+    wanted = probe.tokens(model="one", **ask)
+    larger = max((adapter(probe, name) for name in ("one", "other")), key=lambda a: a["pages"])
+    page_bytes = 64 * 2 ** 20 // probe.metric("lorad_pages_total")
+    probe.stop()
+    # Room for one adapter in host memory and in the pool: `other` drives `one` out of both.
+    server = Server("--adapter-dir", str(copies), "--host-bytes", str(larger["bytes"]),
+                    "--prefix-cache", "0", "--pool-bytes",
+                    str(int(page_bytes) * (larger["pages"] + 3)), model=ROOT / "demo/model")
+    for name in ("one", "two", "one"):
+        assert server.tokens(model=name, **ask) == wanted
+    assert adapter(server, "two")["pages_of"] == "one"
+    shutil.rmtree(copies / "one")
+    assert server.complete(model="other", prompt="We the people", max_tokens=2)[0] == 200
+    assert adapter(server, "one")["tier"] == "disk"
+    assert server.tokens(model="two", **ask) == wanted
+    assert server.metric("lorad_adapter_read_failures_total") == 1
+    assert server.stop() == 0

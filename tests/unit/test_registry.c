@@ -232,6 +232,7 @@ static void *churn(void *argument) {
         case 2:
             adapter = registry_find(race->registry, name);
             if (adapter && strcmp(adapter->name, name) != 0) atomic_fetch_add(&race->other, 1);
+            if (adapter) adapter_unref(registry_twin(race->registry, adapter));
             adapter_unref(adapter);
             break;
         default:
@@ -259,6 +260,49 @@ static void churn_of_names(void **state) {
     registry_destroy(race.registry);
 }
 
+static void expect_twin(struct registry *registry, const char *name, const char *wanted) {
+    struct adapter *adapter = registry_find(registry, name);
+    struct adapter *twin = registry_twin(registry, adapter);
+    assert_string_equal(twin ? twin->name : "", wanted);
+    if (twin) assert_ptr_not_equal(twin, adapter);
+    adapter_unref(twin);
+    adapter_unref(adapter);
+}
+
+static void add_with(struct registry *registry, const char *name, char content) {
+    char digest[65];
+    memset(digest, content, 64);
+    digest[64] = 0;
+    struct adapter *adapter = make(name);
+    struct adapter_stamp stamp = {0};
+    adapter_set_digest(adapter, digest, &stamp);
+    assert_int_equal(registry_begin(registry, name, true, NULL), STATUS_OK);
+    registry_commit(registry, name, adapter);
+}
+
+// Names of equal content share the pages of one, as long as that is registered.
+static void equal_content_is_shared(void **state) {
+    struct registry *registry = registry_create("base");
+    add_with(registry, "a", '1');
+    add_with(registry, "b", '1');
+    add_with(registry, "c", '1');
+    add_with(registry, "d", '2');
+    expect_twin(registry, "a", "");
+    expect_twin(registry, "b", "a");
+    expect_twin(registry, "d", "");
+    expect_twin(registry, "c", "a");
+    struct adapter *gone = registry_find(registry, "a");
+    assert_int_equal(registry_remove(registry, "a", NULL), STATUS_OK);
+    assert_null(registry_twin(registry, gone)); // nobody's any more
+    adapter_unref(gone);
+    expect_twin(registry, "c", "");
+    expect_twin(registry, "b", "c");
+    add_with(registry, "c", '2'); // replaced by other content
+    expect_twin(registry, "b", "");
+    expect_twin(registry, "c", "d");
+    registry_destroy(registry);
+}
+
 static void commit_without_begin(void *registry) {
     registry_commit(registry, "never-begun", NULL);
 }
@@ -282,6 +326,7 @@ int main(void) {
         cmocka_unit_test(lists_nothing),
         cmocka_unit_test(two_loads_of_one_name),
         cmocka_unit_test(churn_of_names),
+        cmocka_unit_test(equal_content_is_shared),
         cmocka_unit_test(wrong_use_aborts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
