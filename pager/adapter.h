@@ -39,11 +39,21 @@ struct adapter_stamp {
 
 struct host_store;
 
+// An activated LoRA (Greenewald et al., 2504.12397; PEFT's alora_invocation_tokens) changes only the
+// tokens from the last place on at which the prompt has these; without them, none. count 0: a plain
+// adapter, which changes all.
+enum { INVOCATION_MAX = 32 };
+struct adapter_invocation {
+    int count;
+    int32_t tokens[INVOCATION_MAX];
+};
+
 struct adapter {
     char *name; // owned
     char *path; // owned; "dummy:..." for seeded ones
     int root;   // borrowed descriptor of the folder that path must lie beneath; -1: any path
     uint64_t generation; // unique in the process, never reused
+    struct adapter_invocation *invocation; // owned; NULL: a plain adapter
     int32_t rank[LORA_MODULES];
     int64_t a_offset[LORA_MODULES], b_offset[LORA_MODULES];
     size_t layer_elems; // of one layer's image

@@ -32,7 +32,7 @@ static const char *const known_fields[] = {
     "alpha_pattern", "use_rslora", "layers_to_transform", "init_lora_weights", "bias",
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "lora_dropout", "layers_pattern", "megatron_core", "qalora_group_size",
-    "eva_config", "runtime_config", "ensure_weight_tying",
+    "eva_config", "runtime_config", "ensure_weight_tying", "alora_invocation_tokens",
 };
 
 struct reader {
@@ -82,7 +82,6 @@ static const char *why_refused(const char *field) {
         {"trainable_token_indices", "trained token embeddings are not supported"},
         {"target_parameters", "LoRA on bare parameters is not supported"},
         {"layer_replication", "replicated layers are not supported"},
-        {"alora_invocation_tokens", "activated LoRA is not supported"},
         {"use_qalora", "QALoRA is not supported; it must be false"},
     };
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
@@ -238,6 +237,24 @@ static enum status read_layers(const struct reader *r, bool *wanted) {
     return STATUS_OK;
 }
 
+static enum status read_invocation(const struct reader *r, struct adapter_invocation *out) {
+    json_t *list = json_object_get(r->root, "alora_invocation_tokens");
+    out->count = 0;
+    if (is_off(list)) return STATUS_OK;
+    if (!json_is_array(list) || json_array_size(list) > INVOCATION_MAX)
+        return error_set(r->err, STATUS_INVALID, CONFIG ": alora_invocation_tokens must be a list "
+                         "of 1 to %d token ids", INVOCATION_MAX);
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        json_t *id = json_array_get(list, i);
+        if (!json_is_integer(id) || json_integer_value(id) < 0 ||
+            json_integer_value(id) > INT32_MAX)
+            return error_set(r->err, STATUS_INVALID, CONFIG ": alora_invocation_tokens[%zu] must "
+                             "be a token id", i);
+        out->tokens[out->count++] = (int32_t)json_integer_value(id);
+    }
+    return STATUS_OK;
+}
+
 static enum status fill_plan(const struct reader *r, struct adapter_plan *plan) {
     int rank = 0;
     double alpha = 0;
@@ -245,6 +262,7 @@ static enum status fill_plan(const struct reader *r, struct adapter_plan *plan) 
     enum status status;
     if ((status = read_rank(r, json_object_get(r->root, "r"), "r", &rank)) ||
         (status = read_alpha(r, json_object_get(r->root, "lora_alpha"), "lora_alpha", &alpha)) ||
+        (status = read_invocation(r, &plan->invocation)) ||
         (status = read_flag(r, "use_rslora", &rslora)) || (status = check_targets(r)) ||
         (status = check_pattern_keys(r, "rank_pattern")) ||
         (status = check_pattern_keys(r, "alpha_pattern")))

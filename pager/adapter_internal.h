@@ -17,6 +17,7 @@ struct adapter_plan {
         int rank; // 0: the configuration does not target this module
         double scale;
     } *entry; // [layers * LORA_MODULES], malloc'd
+    struct adapter_invocation invocation;
 };
 
 // Reads and checks FOLDER/adapter_config.json: for every module of every layer, whether the adapter

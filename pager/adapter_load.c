@@ -45,6 +45,7 @@ void adapter_unref(struct adapter *adapter) {
     host_store_forget(adapter);
     free(adapter->pages);
     free(adapter->image);
+    free(adapter->invocation);
     free(adapter->name);
     free(adapter->path);
     free(adapter);
@@ -98,13 +99,17 @@ static enum status dummy_ranks(const struct lora_geometry *geometry, const char 
     return status;
 }
 
-static enum status folder_ranks(const struct lora_geometry *geometry, int root, const char *path,
-                                int32_t *ranks, struct error *err) {
+static enum status folder_open(const struct lora_geometry *geometry, struct adapter *adapter,
+                               struct error *err) {
     struct adapter_source source;
     struct adapter_files files;
-    enum status status = adapter_source_open(root, path, &source, err);
+    enum status status = adapter_source_open(adapter->root, adapter->path, &source, err);
     if (status != STATUS_OK) return status;
-    status = adapter_files_open(geometry, source.folder, &files, ranks, err);
+    status = adapter_files_open(geometry, source.folder, &files, adapter->rank, err);
+    if (files.plan.invocation.count > 0) {
+        adapter->invocation = mem_alloc(sizeof *adapter->invocation);
+        *adapter->invocation = files.plan.invocation;
+    }
     adapter_files_close(&files);
     adapter_source_close(&source);
     return status;
@@ -116,7 +121,7 @@ enum status adapter_open(const struct lora_geometry *geometry, const char *name,
     struct adapter *adapter = adapter_new(name, root, path);
     const char *dummy = dummy_text(path);
     enum status status = dummy ? dummy_ranks(geometry, dummy, adapter->rank, err)
-                               : folder_ranks(geometry, root, path, adapter->rank, err);
+                               : folder_open(geometry, adapter, err);
     if (status == STATUS_OK) status = layout(geometry, adapter, err);
     if (status != STATUS_OK) {
         adapter_unref(adapter);
@@ -183,6 +188,12 @@ static enum status files_changed(struct error *err) {
                      "load it again");
 }
 
+static bool same_invocation(const struct adapter *adapter, const struct adapter_files *files) {
+    const struct adapter_invocation *now = &files->plan.invocation, *then = adapter->invocation;
+    if (!then || now->count != then->count) return !then && now->count == 0;
+    return memcmp(now->tokens, then->tokens, (size_t)now->count * sizeof *now->tokens) == 0;
+}
+
 static enum status files_read(const struct lora_geometry *geometry, struct adapter *adapter,
                               const char *folder, void *image, const struct adapter_pause *pause,
                               struct error *err) {
@@ -190,7 +201,8 @@ static enum status files_read(const struct lora_geometry *geometry, struct adapt
     int32_t ranks[LORA_MODULES] = {0};
     enum status status = adapter_files_open(geometry, folder, &files, ranks, err);
     if (status != STATUS_OK) return status;
-    if (memcmp(ranks, adapter->rank, sizeof ranks) != 0) status = files_changed(err);
+    if (memcmp(ranks, adapter->rank, sizeof ranks) != 0 || !same_invocation(adapter, &files))
+        status = files_changed(err);
     else status = adapter_files_read(geometry, adapter, &files, image, pause, err);
     adapter_files_close(&files);
     return status;

@@ -22,6 +22,10 @@ struct prefix_scope {
     // Where the nodes of one adapter are listed, so that they can go with it: NULL, or a word that
     // lives as long as any of them and is -1 at first.
     int32_t *list;
+    // The first base_pages pages belong to another scope, without a list: what the base model
+    // computed before an activated adapter begins. Sequences of that scope itself share them.
+    uint8_t base[32];
+    int base_pages;
 };
 struct prefix;
 

@@ -76,17 +76,22 @@ static void assert_adapter(const struct builder *builder, const struct sequence 
                   page_tag_adapter(sequence->generations[i]));
 }
 
+// Each adapter's segment begins where it does: an activated one's may be behind the first token, or
+// not in this step at all.
 static void add_segments(struct builder *builder, struct sequence *sequence) {
-    int open[REQUEST_ADAPTERS_MAX], count = sequence->item.adapter_count;
-    for (int i = 0; i < count; i++) {
+    const struct sched_item *item = &sequence->item;
+    int open[REQUEST_ADAPTERS_MAX], count = 0, last = -1;
+    int tokens = item->planned + item->drafts, first = item->tokens_cached;
+    for (int i = 0; i < item->adapter_count; i++) {
+        VERIFY_OP(item->adapters[i]->generation, ==, sequence->generations[i]);
+        int skipped = sequence->active_from[i] > first ? sequence->active_from[i] - first : 0;
+        if (skipped >= tokens) continue;
         int known = builder->segments;
-        open[i] = segment_for(builder, sequence->item.adapters[i],
-                              sequence->request->adapter_weights[i], sequence->token_first,
-                              i > 0 ? open[i - 1] : -1);
-        if (open[i] == known) assert_adapter(builder, sequence, i);
-        VERIFY_OP(sequence->item.adapters[i]->generation, ==, sequence->generations[i]);
-        builder->batch->segments[open[i]].token_count +=
-            sequence->item.planned + sequence->item.drafts;
+        last = segment_for(builder, item->adapters[i], sequence->request->adapter_weights[i],
+                           sequence->token_first + skipped, last);
+        if (last == known) assert_adapter(builder, sequence, i);
+        builder->batch->segments[last].token_count += tokens - skipped;
+        open[count++] = last;
     }
     for (int i = 0; i < count; i++) builder->open[i] = open[i];
     builder->open_count = count;

@@ -113,8 +113,10 @@ static inline uint64_t page_tag_kv(const struct sequence *sequence) {
 static inline uint64_t page_tag_adapter(uint64_t generation) {
     return generation << 2 | 1;
 }
-static inline uint64_t page_tag_shared(const struct sequence *sequence) {
-    return sequence->scope_tag << 2 | 2;
+// Of its page number `page`, shared.
+static inline uint64_t page_tag_shared(const struct sequence *sequence, int page) {
+    bool base = page < sequence->scope.base_pages;
+    return (base ? sequence->base_tag : sequence->scope_tag) << 2 | 2;
 }
 
 // engine_step.c: takes `sequence` out of the running or waiting list, its pages and adapters back.

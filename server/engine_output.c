@@ -218,7 +218,7 @@ static void share_pages(struct engine *engine, struct sequence *sequence) {
     VERIFY_OP(sequence->shared_count, ==, full);
     sequence->item.tokens_shared = full * PAGE_TOKENS;
     for (int i = before; i < full; i++)
-        engine->page_tags[sequence->pages[i]] = page_tag_shared(sequence);
+        engine->page_tags[sequence->pages[i]] = page_tag_shared(sequence, i);
 }
 
 // Pages that only drafts filled go back.

@@ -188,7 +188,7 @@ static void match_prefix(struct engine *engine, struct sequence *sequence) {
     int count = prefix_match(engine->prefix, &sequence->scope, sequence->tokens,
                              item->tokens_total, sequence->pages);
     for (int i = 0; i < count; i++)
-        VERIFY_OP(engine->page_tags[sequence->pages[i]], ==, page_tag_shared(sequence));
+        VERIFY_OP(engine->page_tags[sequence->pages[i]], ==, page_tag_shared(sequence, i));
     sequence->page_count = sequence->shared_count = count;
     item->tokens_cached = item->tokens_shared = count * PAGE_TOKENS;
     if (item->planned > item->tokens_total - item->tokens_cached)
@@ -333,7 +333,7 @@ void engine_assert(const struct engine *engine) {
         sequence_assert_state(sequence);
         for (int page = 0; page < sequence->page_count; page++)
             VERIFY_OP(engine->page_tags[sequence->pages[page]], ==,
-                      page < sequence->shared_count ? page_tag_shared(sequence)
+                      page < sequence->shared_count ? page_tag_shared(sequence, page)
                                                     : page_tag_kv(sequence));
     }
     for (int i = 0; i < engine->waiting_count; i++) {

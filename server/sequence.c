@@ -32,22 +32,45 @@ int sequence_pages_max(const struct request *request) {
     return sched_pages(request->prompt_count + (max_tokens > 1 ? max_tokens - 1 : 0));
 }
 
+// Where the prompt has an activated adapter's tokens for the last time.
+static int find_invocation(const struct request *request, const struct adapter *adapter) {
+    const struct adapter_invocation *invocation = adapter->invocation;
+    if (!invocation) return 0;
+    for (int at = request->prompt_count - invocation->count; at >= 0; at--)
+        if (memcmp(&request->prompt[at], invocation->tokens,
+                   (size_t)invocation->count * sizeof *request->prompt) == 0)
+            return at;
+    return INT32_MAX;
+}
+
 // Pages may be shared within one tenant (and its cache_salt), and one list of adapter generations
-// with weights.
-static void set_scope(struct sequence *sequence) {
+// with weights and where they begin; what comes before they begin, with the base model.
+static void hash_scope(const struct sequence *sequence, int adapters, uint8_t bytes[32]) {
     const struct request *request = sequence->request;
     struct sha256 hash;
     sha256_init(&hash);
     sha256_update(&hash, request->tenant, strlen(request->tenant) + 1);
     const char *salt = request->cache_salt ? request->cache_salt : "";
     sha256_update(&hash, salt, strlen(salt) + 1);
-    for (int i = 0; i < request->adapter_count; i++) {
+    for (int i = 0; i < adapters; i++) {
         sha256_update(&hash, &sequence->generations[i], sizeof(uint64_t));
         sha256_update(&hash, &request->adapter_weights[i], sizeof(float));
+        sha256_update(&hash, &sequence->active_from[i], sizeof(int));
     }
-    sha256_bytes(&hash, sequence->scope.bytes);
-    memcpy(&sequence->scope_tag, sequence->scope.bytes, sizeof sequence->scope_tag);
-    if (request->adapter_count > 0) sequence->scope.list = &sequence->adapters[0]->prefixes;
+    sha256_bytes(&hash, bytes);
+}
+
+static void set_scope(struct sequence *sequence) {
+    struct prefix_scope *scope = &sequence->scope;
+    int adapters = sequence->request->adapter_count, from = INT32_MAX;
+    for (int i = 0; i < adapters; i++)
+        if (sequence->active_from[i] < from) from = sequence->active_from[i];
+    hash_scope(sequence, adapters, scope->bytes);
+    scope->base_pages = from / PAGE_TOKENS;
+    if (from > 0) hash_scope(sequence, 0, scope->base);
+    memcpy(&sequence->scope_tag, scope->bytes, sizeof sequence->scope_tag);
+    memcpy(&sequence->base_tag, scope->base, sizeof sequence->base_tag);
+    if (adapters > 0) scope->list = &sequence->adapters[0]->prefixes;
 }
 
 static void set_adapter(struct sequence *sequence, int i, struct adapter *adapter) {
@@ -88,8 +111,10 @@ struct sequence *sequence_create(struct request *request, const struct tokenizer
     sequence->pages = mem_zalloc((size_t)sequence->pages_max, sizeof *sequence->pages);
     sequence->echoed = 1;
     sequence->draft_rate = DRAFT_RATE_UNKNOWN;
-    for (int i = 0; i < request->adapter_count; i++)
+    for (int i = 0; i < request->adapter_count; i++) {
         set_adapter(sequence, i, request->twins[i] ? request->twins[i] : request->adapters[i]);
+        sequence->active_from[i] = find_invocation(request, request->adapters[i]);
+    }
     set_scope(sequence);
     sequence->item = (struct sched_item){.tokens_total = request->prompt_count,
                                          .rows_all = request->echo_logprobs &&

@@ -31,6 +31,7 @@ struct sequence {
     struct request *request;
     struct adapter *adapters[REQUEST_ADAPTERS_MAX]; // whose pages serve: the request's, or twins
     uint64_t generations[REQUEST_ADAPTERS_MAX];     // theirs, as they were when it came
+    int active_from[REQUEST_ADAPTERS_MAX]; // the first position that each changes
     uint64_t seed;
     int32_t *tokens; // [prompt_count + max_tokens], the first item.tokens_total are there, and
                      // behind them item.drafts
@@ -38,7 +39,7 @@ struct sequence {
     int page_count, pages_max;
     int shared_count; // of them, the first that are nodes of the prefix cache
     struct prefix_scope scope; // with whom it may share
-    uint64_t scope_tag;        // a part of it, for page tags
+    uint64_t scope_tag, base_tag; // parts of it, for page tags
     int tenant_place;          // in the metrics
     int hit_tokens;            // of its prompt, found in the prefix cache when it first started
     uint64_t peek_step;        // when item.tokens_hit was last looked up
