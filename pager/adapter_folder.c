@@ -143,6 +143,32 @@ static bool scale_values(float *values, size_t count, float scale) {
     return finite;
 }
 
+// None of `count` values is NaN, infinite or too large for bf16.
+static bool all_finite(const void *values, enum dtype dtype, size_t count) {
+    uint32_t bad = 0;
+    if (dtype == DTYPE_BF16)
+        for (size_t i = 0; i < count; i++)
+            bad |= (((const uint16_t *)values)[i] & 0x7f80u) == 0x7f80u;
+    else
+        for (size_t i = 0; i < count; i++) bad |= !(fabsf(((const float *)values)[i]) <= LARGEST_BF16);
+    return bad == 0;
+}
+
+static enum status not_finite(const struct tensor_info *info, struct error *err) {
+    return error_set(err, STATUS_INVALID, ADAPTER_WEIGHTS ": tensor %.120s holds a value that is "
+                     "NaN, infinite, or too large once scaled; all must be finite", info->name);
+}
+
+// A matrix that the image holds as the file does.
+static enum status read_as_is(struct reader *r, const struct tensor_info *info, char *to,
+                              struct error *err) {
+    enum status status = safetensors_read(r->file, info, to, err);
+    if (status == STATUS_OK && !all_finite(to, info->dtype, info->elements))
+        status = not_finite(info, err);
+    adapter_pause(r->pause);
+    return status;
+}
+
 // Rows [first, first + count) of B [out, r] -> panels of the image (kernels/backend.h), which are for
 // image_rank >= r. They are whole panels, or the last rows.
 static void put_panels(struct reader *r, char *to, size_t image_rank, size_t out, size_t first,
@@ -163,6 +189,8 @@ static void put_panels(struct reader *r, char *to, size_t image_rank, size_t out
 // Reads one matrix, multiplied by `scale`: A as it is, or, with an image_rank, B into its panels.
 static enum status read_matrix(struct reader *r, const struct tensor_info *info, char *to,
                                size_t image_rank, float scale, struct error *err) {
+    if (image_rank == 0 && scale == 1.0f && info->dtype == r->geometry->dtype)
+        return read_as_is(r, info, to, err);
     enum status status = safetensors_read(r->file, info, r->raw, err);
     if (status != STATUS_OK) return status;
     size_t rows = (size_t)info->shape[0], columns = (size_t)info->shape[1];
@@ -173,10 +201,7 @@ static enum status read_matrix(struct reader *r, const struct tensor_info *info,
         size_t count = rows - row < at_once ? rows - row : at_once;
         const char *from = (const char *)r->raw + row * columns * raw_bytes;
         dtype_to_f32(r->values, from, info->dtype, count * columns);
-        if (!scale_values(r->values, count * columns, scale))
-            return error_set(err, STATUS_INVALID, ADAPTER_WEIGHTS ": tensor %.120s holds a value "
-                             "that is NaN, infinite, or too large once scaled; all must be finite",
-                             info->name);
+        if (!scale_values(r->values, count * columns, scale)) return not_finite(info, err);
         if (image_rank > 0) put_panels(r, to, image_rank, rows, row, count, columns);
         else
             dtype_convert(to + row * columns * bytes, r->geometry->dtype, r->values, DTYPE_F32,
