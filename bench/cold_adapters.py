@@ -281,8 +281,10 @@ def main():
         bandwidth = read_bandwidth(options.bench)
         print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s", flush=True)
         # What is in the pool need not be in host memory, too; a long-running server has it full.
-        roomy = ("--pool-bytes", "5GiB", "--host-bytes", "1GiB")
-        few = Server(options.lorad, adapters[:5], "--pool-bytes", "1GiB")
+        # Drafts would make tokens come in bunches: gaps are to be those between steps.
+        steady = ("--speculation", "off")
+        roomy = ("--pool-bytes", "5GiB", "--host-bytes", "1GiB", *steady)
+        few = Server(options.lorad, adapters[:5], "--pool-bytes", "1GiB", *steady)
         many = Server(options.lorad, adapters, *roomy)
         registered = {"adapters": len(adapters), "start_s": many.start_s,
                       "rss_bytes_before_use": many.rss_bytes()}
@@ -294,7 +296,8 @@ def main():
         random.Random(4).shuffle(unused)
         results["calm"] = calm(many, unused, options.rounds)
         many.stop()
-        tight = Server(options.lorad, adapters, "--pool-bytes", "768MiB", "--host-bytes", "512MiB")
+        tight = Server(options.lorad, adapters, "--pool-bytes", "768MiB", "--host-bytes", "512MiB",
+                       *steady)
         results["thrash"] = thrash(options.bench, few, tight, options.rounds,
                                    unused[-40:], bandwidth)
         for server in (few, tight):

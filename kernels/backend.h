@@ -31,7 +31,8 @@ struct backend; // one open device
 struct linear;  // a weight matrix [out, in] in the backend's packed form
 
 // How base weight matrices are kept: as the dtype, or rounded to nearest in 8 bits (symmetric, a
-// scale for each row) or 4 bits (a scale and a zero for each 128 of a row).
+// scale for each row) or 4 bits (a scale and a zero for each 128 of a row; for 64 or 32 where
+// the numbers lie on such a grid).
 enum quantization { QUANT_NONE, QUANT_INT8, QUANT_INT4 };
 
 struct backend_options {

@@ -61,6 +61,14 @@ static enum dtype choose_dtype(const struct program *p, const struct backend_ops
     return DTYPE_F32;
 }
 
+static enum quantization choose_quantization(const struct program *p) {
+    const char *wanted = p->options.quantization;
+    if (strcmp(wanted, "int8") == 0) return QUANT_INT8;
+    if (strcmp(wanted, "int4") == 0) return QUANT_INT4;
+    bool packed = strcmp(wanted, "auto") == 0 && p->config.packing.bits == 4;
+    return packed && p->ops->computes_on_host ? QUANT_INT4 : QUANT_NONE;
+}
+
 // The folder's own name, unless --served-model-name says otherwise.
 static char *choose_base_id(const struct options *o) {
     if (o->served_model_name) return mem_strdup(o->served_model_name);
@@ -77,8 +85,6 @@ static char *choose_base_id(const struct options *o) {
 static enum status open_backend(struct program *p, struct error *err) {
     const char *device = p->options.device;
     struct backend_options options = {.threads = p->options.threads};
-    if (strcmp(p->options.quantization, "int8") == 0) options.quantization = QUANT_INT8;
-    if (strcmp(p->options.quantization, "int4") == 0) options.quantization = QUANT_INT4;
     bool automatic = strcmp(device, "auto") == 0;
     p->ops = backend_find(automatic ? "cuda" : device);
     if (!p->ops && !automatic)
@@ -86,6 +92,7 @@ static enum status open_backend(struct program *p, struct error *err) {
                          "use --device cpu, or build with LORAD_CUDA=ON where nvcc is", device);
     if (p->ops) {
         p->dtype = options.dtype = choose_dtype(p, p->ops);
+        options.quantization = choose_quantization(p);
         enum status status = p->ops->open(&options, &p->backend, err);
         if (status == STATUS_OK) return status;
         if (!automatic) return error_prefix(err, "--device %s", device);
@@ -94,6 +101,7 @@ static enum status open_backend(struct program *p, struct error *err) {
     }
     p->ops = backend_find("cpu");
     p->dtype = options.dtype = choose_dtype(p, p->ops);
+    options.quantization = choose_quantization(p);
     return p->ops->open(&options, &p->backend, err);
 }
 

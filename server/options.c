@@ -38,10 +38,11 @@ static const struct option table[] = {
      "auto, f32 or bf16: type of weights, adapters and KV cache. auto is bf16 where the\n"
      "processor multiplies it and the model is not stored in f32, else f32",
      KIND_TEXT, AT(dtype), 0, 0},
-    {"quantization", "TYPE", "none",
+    {"quantization", "TYPE", "auto",
      "none, int8 or int4 (CPU): keep the base model's matrices rounded to 8 bits (half of bf16's\n"
      "bytes, next to no loss) or to 4 (a bit over a quarter, at a cost in quality that\n"
-     "bench/perplexity.py tells). Adapters and KV cache stay as --dtype says",
+     "bench/perplexity.py tells). auto keeps the 4 bits of GPTQ and AWQ checkpoints, which\n"
+     "loses nothing, and otherwise rounds nothing. Adapters and KV cache stay as --dtype says",
      KIND_TEXT, AT(quantization), 0, 0},
     {"load-format", "FORMAT", "auto",
      "auto, or dummy: seeded random weights for any config.json, to measure without a\ncheckpoint",
@@ -209,8 +210,8 @@ static enum status check(const struct options *o, struct error *err) {
     if (!one_of(o->dtype, (const char *const[]){"auto", "f32", "bf16", NULL}))
         return error_set(err, STATUS_INVALID, "--dtype is auto, f32 or bf16 (f16 weights are "
                          "converted)");
-    if (!one_of(o->quantization, (const char *const[]){"none", "int8", "int4", NULL}))
-        return error_set(err, STATUS_INVALID, "--quantization is none, int8 or int4");
+    if (!one_of(o->quantization, (const char *const[]){"auto", "none", "int8", "int4", NULL}))
+        return error_set(err, STATUS_INVALID, "--quantization is auto, none, int8 or int4");
     if (!one_of(o->speculation, (const char *const[]){"off", "auto", "always", NULL}))
         return error_set(err, STATUS_INVALID, "--speculation is off, auto or always");
     if (!one_of(o->preemption, (const char *const[]){"auto", "swap", "recompute", NULL}))

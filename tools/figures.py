@@ -61,6 +61,8 @@ def roofline():
         what = "one prompt of M tokens" if result["prefill"] else (
             f"M sequences, {result['context']} tokens of context each" +
             (f", each on its own rank-{result['rank']} adapter" if result["rank"] else ""))
+        if result.get("quantization", "none") != "none":
+            what += f", weights in {result['quantization']}"
         parts += [f"**{what}**", "", "| M | step, ms | limit, ms | share | where the rest goes |",
                   "|---:|---:|---:|---:|---|"]
         for step in result["steps"]:
@@ -120,10 +122,14 @@ def cold_adapters():
         return (f"| {what} | {side(runs, 'few', 'output_tokens_per_s')} | "
                 f"{side(runs, 'many', 'output_tokens_per_s')} | "
                 f"{spread([r['many']['output_tokens_per_s'] / r['few']['output_tokens_per_s'] for r in runs], '{:.3f}')} | "
-                f"{side(runs, 'many', 'reads')} |")
+                f"{by_bytes(part)} | {side(runs, 'many', 'reads')} |")
+
+    def by_bytes(part):
+        share = part.get("ratio_by_bytes")
+        return " / ".join(f"{share[k]:.3f}" for k in ("min", "median", "max")) if share else ""
     fit, thrash, calm = result["fit"], result["thrash"], result["calm"]["runs"]
     lines = ["| minimum / median / maximum of %d rounds | 5 adapters, tok/s | 10,000, tok/s | ratio | "
-             "adapters read |" % len(thrash["runs"]), "|---|---:|---:|---:|---:|",
+             "ratio by bytes | adapters read |" % len(thrash["runs"]), "|---|---:|---:|---:|---:|---:|",
              pair("all of them fit; 8 requests a second", fit["open"]),
              pair("all of them fit; 8 requests at once", fit["closed"]),
              pair("room for a tenth; 8 requests at once", thrash), "",
@@ -136,7 +142,9 @@ def cold_adapters():
                      f"{side(calm, key, 'p99_s', 1e3, '{:.1f}')} |")
     registered = result["registered"]
     lines += ["", f"10,000 registered (9,000 seeded, 1,000 folders), serving after "
-              f"{registered['start_s']:.1f} s. " + result["what"] + ". From",
+              f"{registered['start_s']:.1f} s. A first token waits {thrash['cold_read_s'] * 1e3:.0f} ms "
+              "longer when its adapter comes from disk and nothing else runs. " + result["what"] +
+              ". From",
               source(name, result) + "."]
     return "\n".join(lines)
 
@@ -151,6 +159,31 @@ def compare():
             f"\n\nMeasured in the same run: read {limits['read_bytes_per_s'] / 1e9:.1f} GB/s, bf16 "
             f"{limits['bf16_flops_per_s'] / 1e9:.0f} GFLOP/s. TinyLlama-1.1B shape, random weights, bf16, "
             "prompts of 32, outputs of 48 tokens. From\n" + source(name, result) + ".")
+
+
+def perplexity():
+    name = "cpu-perplexity.json"
+    result = load(name)
+    lines = ["| weights | perplexity | against f32 |", "|---|---:|---:|"]
+    for row in result["rows"]:
+        kind = row["dtype"] if row["quantization"] == "none" else row["quantization"]
+        lines.append(f"| {kind} | {row['perplexity']:.3f} | {row['against_first']:+.2%} |")
+    return "\n".join(lines + ["", f"{result['tokens']} tokens of text that the demo model was not "
+                              "trained on. From", source(name, result) + "."])
+
+
+def speculation():
+    name = "cpu-speculation.json"
+    result = load(name)
+    lines = ["| text | off, tok/s | auto, tok/s | ratio | drafts right |", "|---|---:|---:|---:|---:|"]
+    for row in result["rows"]:
+        off, auto = row["off"], row["auto"]
+        right = sum(r["accepted"] for r in auto) / max(1, sum(r["drafts"] for r in auto))
+        ratios = [b["tokens_per_s"] / a["tokens_per_s"] for a, b in zip(off, auto)]
+        lines.append(f"| {row['text']} | {spread([r['tokens_per_s'] for r in off])} | "
+                     f"{spread([r['tokens_per_s'] for r in auto])} | {spread(ratios, '{:.2f}')} | "
+                     f"{right:.0%} |")
+    return "\n".join(lines + ["", result["what"] + ". From", source(name, result) + "."])
 
 
 def footprint():

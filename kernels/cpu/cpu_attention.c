@@ -8,6 +8,9 @@
 // fewer items than threads want, each part becomes an item of its own and the merge runs after;
 // since parts and their order are the same, so are the bits, whatever else is in the step.
 //
+// In bf16, q and the softmax's weights are rounded to bf16 as x is for any matmul, so that pairs of
+// K and of V are multiplied as they lie in the pages; sums, maxima and merging stay f32.
+//
 // It never reads a V slot past the end of the context: pool pages may hold anything there.
 #include "kernels/cpu/cpu_internal.h"
 
@@ -47,9 +50,8 @@ struct attention_job {
 struct buffers {
     float *q;       // groups of rows packed for tiles, scaled
     float *rows;    // one group of rows before packing
-    float *keys;    // [D][16]
-    uint32_t *words; // [D][16] before widening
-    float *values;  // [16][D_padded]
+    uint32_t *keys; // words of k [16]: f32, or pairs of bf16
+    float *values;  // [16][D_padded] f32, or pairs of tokens [8][D_padded]
     float *scores;  // [rows][PART_TOKENS]
     float *weights; // groups packed: [PART_TOKENS][R]
     float *part, *sum; // [rows][2 + D_padded]: of this part, and of those before it
@@ -63,17 +65,16 @@ static size_t carve(char *base, size_t *used, size_t elements, float **out) {
 static size_t buffers_carve(const struct attention_job *job, char *base, struct buffers *buf) {
     size_t used = 0, rows = (size_t)job->rows_max, D = (size_t)job->D_padded;
     size_t packed_rows = rows * 2 + TILE_ROWS_MAX; // padding less than doubles a group
-    float *words = NULL;
+    float *keys = NULL;
     carve(base, &used, packed_rows * D + 4 * TILE_ROWS_MAX, &buf->q);
     carve(base, &used, TILE_ROWS_MAX * D, &buf->rows);
-    carve(base, &used, D * PANEL, &buf->keys);
-    carve(base, &used, D * PANEL, &words);
+    carve(base, &used, D * PANEL, &keys);
     carve(base, &used, PAGE_TOKENS * D, &buf->values);
     carve(base, &used, rows * PART_TOKENS, &buf->scores);
     carve(base, &used, packed_rows * PART_TOKENS + 4 * TILE_ROWS_MAX, &buf->weights);
     carve(base, &used, rows * (2 + D), &buf->part);
     carve(base, &used, rows * (2 + D), &buf->sum);
-    buf->words = (uint32_t *)(void *)words;
+    buf->keys = (uint32_t *)(void *)keys;
     return used;
 }
 
@@ -100,6 +101,18 @@ static int row_context(const struct attention_job *job, const struct item *item,
     return span->context - span->token_count + item->token_first + r / job->G + 1;
 }
 
+// Rows packed for a tile, rounded to the type of the pool; and that tile.
+static void pack(const struct attention_job *job, float *to, const float *x, size_t stride,
+                 int rows, int k) {
+    const struct cpu_kernels *kernels = job->b->kernels;
+    (job->b->dtype == DTYPE_BF16 ? kernels->pack_bf16 : kernels->pack_f32)(to, x, stride, rows, k);
+}
+
+static void multiply(const struct attention_job *job, const struct cpu_tile *tile) {
+    const struct cpu_kernels *kernels = job->b->kernels;
+    (job->b->dtype == DTYPE_BF16 ? kernels->tile_bf16 : kernels->tile_f32)(tile);
+}
+
 static void pack_queries(const struct attention_job *job, const struct item *item,
                          const struct row_groups *groups, int rows, struct buffers *buf) {
     size_t D = (size_t)job->D;
@@ -110,44 +123,40 @@ static void pack_queries(const struct attention_job *job, const struct item *ite
             const float *q = query_row(job, item, g * groups->rows + r);
             for (size_t d = 0; d < D; d++) buf->rows[(size_t)r * D + d] = q[d] * scale;
         }
-        job->b->kernels->pack_f32(buf->q + (size_t)g * (size_t)groups->padded * D, buf->rows, D,
-                                  count, job->D);
+        pack(job, buf->q + (size_t)g * (size_t)groups->padded * D, buf->rows, D, count, job->D);
     }
 }
 
 // ------------------------------------------------------------------ pages into tiles
 
-// K of one page and kv head as [D][16] f32.
-static const float *page_keys(const struct attention_job *job, const char *page, int head,
-                              struct buffers *buf) {
-    const struct cpu_kernels *kernels = job->b->kernels;
+// K of one page and kv head as a panel.
+static const uint32_t *page_keys(const struct attention_job *job, const char *page, int head,
+                                 struct buffers *buf) {
     size_t row_bytes = (size_t)job->D * job->b->shape.elem_bytes;
     const char *first = page + (size_t)head * PAGE_TOKENS * row_bytes;
     const uint32_t *rows[PANEL];
     for (int i = 0; i < PANEL; i++)
         rows[i] = (const uint32_t *)(const void *)(first + (size_t)i * row_bytes);
-    if (job->b->dtype == DTYPE_F32) {
-        kernels->transpose((uint32_t *)(void *)buf->keys, rows, job->D);
-        return buf->keys;
-    }
-    kernels->transpose(buf->words, rows, job->D / 2);
-    kernels->widen_panel(buf->keys, buf->words, job->D / 2);
+    job->b->kernels->transpose(buf->keys, rows, (int)(row_bytes / 4));
     return buf->keys;
 }
 
-// The first `count` tokens of V as [count][D_padded] f32.
+// The first `count` tokens of V: f32 [count][D_padded], or pairs of tokens [count / 2][D_padded].
 static const float *page_values(const struct attention_job *job, const char *page, int head,
                                 int count, struct buffers *buf) {
-    size_t D = (size_t)job->D, bytes = job->b->shape.elem_bytes;
+    size_t D = (size_t)job->D, padded = (size_t)job->D_padded, bytes = job->b->shape.elem_bytes;
     const char *first = page + (size_t)(job->K + head) * PAGE_TOKENS * D * bytes;
     bool f32 = job->b->dtype == DTYPE_F32;
-    if (f32 && job->D == job->D_padded) return (const float *)(const void *)first;
-    for (int i = 0; i < count; i++) {
-        float *to = buf->values + i * job->D_padded;
-        const void *from = first + (size_t)i * D * bytes;
+    if (f32 && D == padded) return (const float *)(const void *)first;
+    for (int i = 0, row = 0; i < count; i += f32 ? 1 : 2, row++) {
+        float *to = buf->values + (size_t)row * padded;
+        const char *from = first + (size_t)i * D * bytes;
+        const char *second = i + 1 < count ? from + D * bytes : NULL;
         if (f32) memcpy(to, from, D * sizeof *to);
-        else job->b->kernels->widen(to, from, D);
-        memset(to + D, 0, ((size_t)job->D_padded - D) * sizeof *to);
+        else
+            job->b->kernels->pair_rows((uint32_t *)(void *)to, (const uint16_t *)(const void *)from,
+                                       (const uint16_t *)(const void *)second, job->D);
+        memset(to + D, 0, (padded - D) * sizeof *to);
     }
     return buf->values;
 }
@@ -161,14 +170,15 @@ static void part_scores(const struct attention_job *job, const struct item *item
     const int32_t *pages = job->spans[item->span].pages + first / PAGE_TOKENS;
     for (int at = 0; at < n; at += PAGE_TOKENS) {
         const char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
-        const float *keys = page_keys(job, page, item->head, buf);
+        const uint32_t *keys = page_keys(job, page, item->head, buf);
         for (int g = 0; g < groups->count; g++) {
             struct cpu_tile tile = {
                 .x = buf->q + (size_t)g * (size_t)groups->padded * (size_t)job->D, .w = keys,
-                .k_stride = PANEL, .k = job->D, .rows = group_rows(groups, g, rows), .panels = 1,
+                .k_stride = PANEL, .k = job->D * (int)job->b->shape.elem_bytes / 4,
+                .rows = group_rows(groups, g, rows), .panels = 1,
                 .y = buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS + at,
                 .y_stride = PART_TOKENS};
-            job->b->kernels->tile_f32(&tile);
+            multiply(job, &tile);
         }
     }
 }
@@ -198,10 +208,11 @@ static void part_values(const struct attention_job *job, const struct item *item
     const struct cpu_kernels *kernels = job->b->kernels;
     const int32_t *pages = job->spans[item->span].pages + first / PAGE_TOKENS;
     size_t stride = result_stride(job), group_weights = (size_t)groups->padded * PART_TOKENS;
+    bool bf16 = job->b->dtype == DTYPE_BF16;
     for (int g = 0; g < groups->count; g++)
-        kernels->pack_f32(buf->weights + (size_t)g * group_weights,
-                          buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS,
-                          PART_TOKENS, group_rows(groups, g, rows), n);
+        pack(job, buf->weights + (size_t)g * group_weights,
+             buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS, PART_TOKENS,
+             group_rows(groups, g, rows), n);
     for (int at = 0; at < n; at += PAGE_TOKENS) {
         const char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
         int count = min_int(PAGE_TOKENS, n - at);
@@ -213,14 +224,16 @@ static void part_values(const struct attention_job *job, const struct item *item
                 step = min_int(kernels->tile_panels[height], all - column);
                 if (step == 3) step = 2;
                 struct cpu_tile tile = {
-                    .x = buf->weights + (size_t)g * group_weights + at * R,
+                    .x = buf->weights + (size_t)g * group_weights +
+                         (bf16 && kernels->packs_pairs ? at / 2 : at) * R,
                     .w = values + column * PANEL, .panel_stride = PANEL,
-                    .k_stride = (size_t)job->D_padded, .k = count, .rows = height,
+                    .k_stride = (size_t)job->D_padded, .k = bf16 ? (count + 1) / 2 : count,
+                    .rows = height,
                     .panels = step, .add = at > 0,
                     .y = buf->part + (size_t)g * (size_t)groups->rows * stride + 2 +
                          column * PANEL,
                     .y_stride = stride};
-                kernels->tile_f32(&tile);
+                multiply(job, &tile);
             }
         }
     }

@@ -100,15 +100,15 @@ struct cpu_kernels {
 
     void (*tile_quant)(const struct cpu_quant_tile *tile, bool four_bits);
     // x -> 16 bits for tile_quant, each row by its own scale[rows]; sums: NULL, or [groups][R].
-    // A group is a multiple of 128 elements. `to` holds cpu_packed_bytes(). A row with a number that is not finite gets a NaN for its scale.
+    // Groups are of 32, 64 or whole times 128 elements. `to` holds cpu_packed_bytes(). A row with a number that is not finite gets a NaN for its scale.
     void (*pack_quant)(void *to, float *scales, float *sums, const float *x, size_t stride,
                        int rows, int k, int group_words);
 
     // 16 rows of n 4-byte words -> to[n][16]. A NULL row is zero.
     void (*transpose)(uint32_t *to, const uint32_t *const rows[PANEL], int n);
-    // Panel of n bf16 pairs -> panel of 2n f32.
-    void (*widen_panel)(float *to, const uint32_t *pairs, int n);
     void (*widen)(float *to, const uint16_t *from, size_t n);
+    // to[i] = the pair (first[i], second[i]); n bf16 of each. second == NULL: pairs with zero.
+    void (*pair_rows)(uint32_t *to, const uint16_t *first, const uint16_t *second, int n);
     void (*narrow)(uint16_t *to, const float *from, size_t n);
 
     void (*rms_norm)(float *y, float *x, const float *residual, const float *gain, float epsilon,

@@ -259,14 +259,13 @@ static void pack_bf16(void *to, const float *x, size_t stride, int rows, int k) 
     }
 }
 
-static void widen_panel(float *to, const uint32_t *pairs, int n) {
-    for (int i = 0; i < n; i++)
-        for (int c = 0; c < PANEL_VECTORS; c++) {
-            vu both = vu_load(pairs + (size_t)i * PANEL + c * VECTOR_WIDTH);
-            float *at = to + (size_t)i * 2 * PANEL + c * VECTOR_WIDTH;
-            vf_store(at, (vf)(both << 16));
-            vf_store(at + PANEL, (vf)(both & 0xffff0000u));
-        }
+static void pair_rows(uint32_t *to, const uint16_t *first, const uint16_t *second, int n) {
+    int i = 0;
+    for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH) {
+        vu low = (vu)vf_from_bf16(first + i) >> 16;
+        vu_store(to + i, second ? low | (vu)vf_from_bf16(second + i) : low);
+    }
+    for (; i < n; i++) to[i] = first[i] | (second ? (uint32_t)second[i] << 16 : 0);
 }
 
 // ------------------------------------------------------------------ quantised weights
@@ -384,8 +383,8 @@ const struct cpu_kernels KERNELS = {
     .pack_f32 = pack_f32,
     .pack_bf16 = pack_bf16,
     .transpose = transpose,
-    .widen_panel = widen_panel,
     .widen = widen,
+    .pair_rows = pair_rows,
     .narrow = narrow,
     .rms_norm = rms_norm,
     .silu_mul = silu_mul,

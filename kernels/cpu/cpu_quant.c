@@ -1,8 +1,8 @@
 // Base matmuls with weights in 8 or 4 bits: half, or a bit over a quarter, of the bytes of bf16.
 //
 // DESIGN. Weights are rounded to nearest as they are loaded. 8 bits: symmetric, each output row by
-// its largest magnitude. 4 bits: groups of GROUP_INT4 along k, each from its least to its largest
-// number. x goes to 16 bits, row by row, so that unlike with x in 8 bits no feature is so much
+// its largest magnitude. 4 bits: groups along k, each from its least to its largest number; weights
+// that lie on such a grid already, as those of GPTQ and AWQ checkpoints do, stay what they are. x goes to 16 bits, row by row, so that unlike with x in 8 bits no feature is so much
 // larger than the others that they vanish beside it (Dettmers et al., LLM.int8(), 2208.07339, keep
 // such columns in 16 bits for that reason); what is lost is lost in the weights. Sums over a group
 // are exact integers: 256 pairs of 127 x 32767 still fit 31 bits.
@@ -21,7 +21,8 @@
 
 enum {
     GROUP_WORDS_INT8 = 256, // pairs of k after which integers become floats
-    GROUP_INT4 = 128,       // elements
+    GROUP_INT4_MAX = 128,   // elements
+    GROUP_INT4_MIN = 32,
     BLOCK_PANELS = 16,      // of a many-token matmul
     PIECE_WORDS = 256,      // of k: whole groups of either kind
     PACK_INLINE_MAX = 65536,
@@ -58,16 +59,55 @@ static void round_int8(const struct quant_linear *l, int panel, int column, cons
     }
 }
 
+// Whether `count` numbers are scale * m, the m whole and not more than 15 apart; then which. One of
+// them is likely to be a small multiple.
+static bool find_grid(const float *row, int count, float *scale, float *zero) {
+    float least = INFINITY, most = -INFINITY, smallest = INFINITY;
+    for (int k = 0; k < count; k++) {
+        least = fminf(least, row[k]);
+        most = fmaxf(most, row[k]);
+        if (row[k] != 0.0f) smallest = fminf(smallest, fabsf(row[k]));
+    }
+    for (int multiple = 1; multiple <= 7 && most > least; multiple++) { // so some is not zero
+        float step = smallest / (float)multiple;
+        bool fits = most - least < 15.01f * step;
+        for (int k = 0; fits && k < count; k++) {
+            float place = row[k] / step;
+            fits = fabsf(place - rintf(place)) < 1e-3f;
+        }
+        if (!fits) continue;
+        *scale = step;
+        *zero = rintf(-least / step);
+        return true;
+    }
+    return false;
+}
+
+// The largest group in which the first row lies on grids; GROUP_INT4_MAX when there is none.
+static int find_group(const float *row, int in) {
+    for (int group = GROUP_INT4_MAX; group >= GROUP_INT4_MIN; group /= 2) {
+        bool fits = true;
+        float scale, zero;
+        for (int k = 0; fits && k < in; k += group)
+            fits = find_grid(row + k, min_int(group, in - k), &scale, &zero);
+        if (fits) return group;
+    }
+    return GROUP_INT4_MAX;
+}
+
 static void round_int4(const struct quant_linear *l, int panel, int column, const float *row) {
     uint8_t *to = l->panel + (size_t)panel * l->panel_bytes + 2 * column;
     for (int g = 0; g < l->groups; g++) {
-        int first = g * GROUP_INT4, end = min_int(first + GROUP_INT4, l->in);
-        float least = 0.0f, most = 0.0f;
+        int first = g * 2 * l->group_words, end = min_int(first + 2 * l->group_words, l->in);
+        float least = 0.0f, most = 0.0f, scale, zero;
         for (int k = first; k < end; k++) {
             least = fminf(least, row[k]);
             most = fmaxf(most, row[k]);
         }
-        float scale = (most - least) / 15.0f, zero = scale > 0.0f ? rintf(-least / scale) : 0.0f;
+        if (!find_grid(row + first, end - first, &scale, &zero)) {
+            scale = (most - least) / 15.0f;
+            zero = scale > 0.0f ? rintf(-least / scale) : 0.0f;
+        }
         size_t at = ((size_t)panel * (size_t)l->groups + (size_t)g) * PANEL + (size_t)column;
         l->scales[at] = scale;
         l->zeros[at] = -zero * scale;
@@ -100,7 +140,13 @@ enum status cpu_quant_create(struct backend *b, const void *weights, enum dtype 
     l->in = in;
     l->panels = (out + PANEL - 1) / PANEL;
     l->four = b->quantization == QUANT_INT4;
-    l->group_words = l->four ? GROUP_INT4 / 2 : GROUP_WORDS_INT8;
+    l->group_words = GROUP_WORDS_INT8;
+    if (l->four) {
+        float *row = mem_alloc((size_t)in * sizeof *row);
+        dtype_to_f32(row, weights, dtype, (size_t)in);
+        l->group_words = find_group(row, in) / 2;
+        free(row);
+    }
     l->words = (in + 1) / 2;
     l->groups = (l->words + l->group_words - 1) / l->group_words;
     l->panel_bytes = (l->four ? (size_t)(l->words + 1) / 2 : (size_t)l->words) * 2 * PANEL;

@@ -163,6 +163,7 @@ INLINE void quant_row(int16_t *to, const float *x, float factor, int n) {
 static void pack_quant(void *to, float *scales, float *sums, const float *x, size_t stride,
                        int rows, int k, int group_words) {
     enum { PIECE = 128 };
+    const int piece = sums && 2 * group_words < PIECE ? 2 * group_words : PIECE;
     int R = tile_rows[rows];
     uint32_t *words = to;
     float factor[TILE_ROWS_MAX];
@@ -177,8 +178,8 @@ static void pack_quant(void *to, float *scales, float *sums, const float *x, siz
         scales[r] = bits < 0x7f800000u ? most / QUANT_X_MAX : NAN; // what is not a number spreads
     }
     if (sums) memset(sums, 0, (size_t)((k + 2 * group_words - 1) / (2 * group_words)) * (size_t)R * 4);
-    for (int at = 0; at < k; at += PIECE) {
-        int count = k - at < PIECE ? k - at : PIECE, even = count + (count & 1);
+    for (int at = 0; at < k; at += piece) {
+        int count = k - at < piece ? k - at : piece, even = count + (count & 1);
         for (int r = 0; r < rows; r++) {
             quant_row(part[r], x + (size_t)r * stride + at, factor[r], count);
             if (even > count) part[r][count] = 0;

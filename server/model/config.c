@@ -137,10 +137,6 @@ static enum status refuse_unsupported(const json_t *root, bool mistral, int cont
         return error_set(err, STATUS_UNSUPPORTED,
                          "%s: \"hidden_act\" must be \"silu\", not \"%.60s\"", config_name,
                          json_is_string(act) ? json_string_value(act) : "(not a string)");
-    if (field(root, "quantization_config"))
-        return error_set(err, STATUS_UNSUPPORTED,
-                         "%s: \"quantization_config\": quantized weights are not supported",
-                         config_name);
     const json_t *partial = field(root, "partial_rotary_factor");
     if (!partial) partial = field(field(root, "rope_parameters"), "partial_rotary_factor");
     if (partial && json_number_value(partial) != 1.0)
@@ -155,6 +151,37 @@ static enum status refuse_unsupported(const json_t *root, bool mistral, int cont
                          "%s: \"sliding_window\" must be null: sliding-window attention is not "
                          "supported",
                          config_name);
+    return STATUS_OK;
+}
+
+static bool text_is(const json_t *object, const char *name, const char *text, bool absent) {
+    const json_t *value = field(object, name);
+    return value ? json_is_string(value) && strcmp(json_string_value(value), text) == 0 : absent;
+}
+
+// quantization_config: GPTQ's and AWQ's, as AutoGPTQ, GPTQModel and AutoAWQ write them.
+static enum status read_packing(const json_t *root, struct packing *out, struct error *err) {
+    const json_t *object = field(root, "quantization_config");
+    *out = (struct packing){0};
+    if (!object) return STATUS_OK;
+    bool gptq = text_is(object, "quant_method", "gptq", false);
+    if (!gptq && !text_is(object, "quant_method", "awq", false))
+        return error_set(err, STATUS_UNSUPPORTED, "%s: \"quantization_config\": \"quant_method\" must "
+                         "be \"gptq\" or \"awq\"", config_name);
+    enum status status = read_int(object, "bits", 4, 8, -1, &out->bits, err);
+    if (!status) status = read_int(object, "group_size", -1, 1 << 20, 128, &out->group, err);
+    if (status) return error_prefix(err, "\"quantization_config\"");
+    bool v1 = text_is(object, "checkpoint_format", "gptq", true);
+    bool known = gptq ? (out->bits == 4 || out->bits == 8) &&
+                            (v1 || text_is(object, "checkpoint_format", "gptq_v2", false)) &&
+                            json_object_size(field(object, "dynamic")) == 0
+                      : out->bits == 4 && text_is(object, "version", "gemm", true);
+    if (!known || out->group == 0)
+        return error_set(err, STATUS_UNSUPPORTED, "%s: \"quantization_config\": GPTQ of 4 or 8 bits "
+                         "(formats gptq and gptq_v2, one setting for all layers) and AWQ of 4 bits "
+                         "(version gemm) are supported", config_name);
+    out->method = gptq ? PACKING_GPTQ : PACKING_AWQ;
+    out->zero_offset = gptq && v1;
     return STATUS_OK;
 }
 
@@ -310,6 +337,7 @@ static enum status read_config(const json_t *root, struct model_config *out, str
     enum status status = read_architecture(root, &mistral, err);
     if (status == STATUS_OK) status = read_shape(root, mistral, out, err);
     if (status == STATUS_OK) status = refuse_unsupported(root, mistral, out->context_max, err);
+    if (status == STATUS_OK) status = read_packing(root, &out->packing, err);
     if (status == STATUS_OK) status = read_rope(root, out, err);
     if (status == STATUS_OK) status = read_dtype(root, out, err);
     double epsilon = 0;

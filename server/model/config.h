@@ -11,6 +11,14 @@
 enum { EOS_IDS_MAX = 8 };
 enum rope_scaling { ROPE_DEFAULT, ROPE_LINEAR, ROPE_LLAMA3 };
 
+// How the checkpoint packs its weight matrices (packed_weights.h).
+enum packing_method { PACKING_NONE, PACKING_GPTQ, PACKING_AWQ };
+struct packing {
+    enum packing_method method;
+    int bits, group; // group -1: a whole column
+    int zero_offset; // what must be added to a stored zero
+};
+
 struct model_config {
     int layers, hidden, query_heads, kv_heads, head_size, ffn, vocabulary, context_max;
     float norm_epsilon;
@@ -22,6 +30,7 @@ struct model_config {
     enum dtype stored_dtype; // torch_dtype / dtype; DTYPE_BF16 when absent
     int eos_ids[EOS_IDS_MAX], eos_count; // config.json, overridden by generation_config.json
     int bos_id; // -1: none
+    struct packing packing;
 };
 
 MUST_CHECK enum status model_config_load(const char *folder, struct model_config *out,

@@ -5,6 +5,7 @@
 // checkpoint fails at once. Host memory holds one matrix at a time: q, k, v are stacked into one
 // [(Q + 2K) D, H] buffer, gate and up into one [2F, H], packed by the backend, and freed.
 #include "server/model/model_internal.h"
+#include "server/model/packed_weights.h"
 
 #include "base/log.h"
 #include "base/memory.h"
@@ -97,6 +98,13 @@ static enum status check_tensor(const struct safetensors *file, const struct ten
     return STATUS_OK;
 }
 
+// A weight matrix, as it is or packed.
+static enum status check_matrix(const struct safetensors *file, const struct model_config *config,
+                                const struct tensor_spec *spec, struct error *err) {
+    if (!packed_has(file, spec->name)) return check_tensor(file, spec, err);
+    return packed_check(file, &config->packing, spec->name, spec->rows, spec->columns, err);
+}
+
 static bool ends_with(const char *text, const char *end) {
     size_t length = strlen(text), end_length = strlen(end);
     return length >= end_length && strcmp(text + length - end_length, end) == 0;
@@ -105,7 +113,7 @@ static bool ends_with(const char *text, const char *end) {
 static bool is_expected(const char *name, const struct model_config *config) {
     if (strcmp(name, embedding_name) == 0 || strcmp(name, last_norm_name) == 0) return true;
     // A tied model may carry its head too; transformers ignores it, and so do we.
-    if (strcmp(name, head_name) == 0) return true;
+    if (strcmp(name, head_name) == 0 || packed_part(name, head_name)) return true;
     // Old checkpoints store RoPE's inverse frequencies, which follow from the config.
     if (ends_with(name, "rotary_emb.inv_freq")) return true;
     int layer = 0, prefix = 0;
@@ -113,7 +121,8 @@ static bool is_expected(const char *name, const struct model_config *config) {
     if (layer < 0 || layer >= config->layers) return false;
     for (int t = 0; t < LAYER_TENSORS; t++) {
         struct tensor_spec spec = layer_spec(config, layer, (enum layer_tensor)t);
-        if (strcmp(name, spec.name) == 0) return true;
+        if (strcmp(name, spec.name) == 0 || (spec.columns && packed_part(name, spec.name)))
+            return true;
     }
     return false;
 }
@@ -125,12 +134,14 @@ static enum status check_all(const struct safetensors *file, const struct model_
     for (int layer = 0; layer < config->layers && status == STATUS_OK; layer++)
         for (int t = 0; t < LAYER_TENSORS && status == STATUS_OK; t++) {
             spec = layer_spec(config, layer, (enum layer_tensor)t);
-            status = check_tensor(file, &spec, err);
+            status = spec.columns ? check_matrix(file, config, &spec, err)
+                                  : check_tensor(file, &spec, err);
         }
     spec = named_spec(last_norm_name, config->hidden, 0);
     if (status == STATUS_OK) status = check_tensor(file, &spec, err);
     spec = named_spec(head_name, config->vocabulary, config->hidden);
-    if (status == STATUS_OK && !config->tied_embeddings) status = check_tensor(file, &spec, err);
+    if (status == STATUS_OK && !config->tied_embeddings)
+        status = check_matrix(file, config, &spec, err);
     for (size_t i = 0; i < safetensors_count(file) && status == STATUS_OK; i++) {
         const struct tensor_info *info = safetensors_at(file, i);
         if (is_expected(info->name, config)) continue;
@@ -149,6 +160,7 @@ static enum status check_all(const struct safetensors *file, const struct model_
 // `file` is NULL for dummy weights.
 struct source {
     const struct safetensors *file;
+    const struct packing *packing;
     uint64_t seed;
 };
 
@@ -195,9 +207,10 @@ static enum status read_stacked(const struct source *source, const struct tensor
         elements[i] = (size_t)specs[i].rows * (size_t)(specs[i].columns ? specs[i].columns : 1);
         total += elements[i];
         if (!source->file) continue;
-        infos[i] = safetensors_find(source->file, specs[i].name);
-        VERIFY(infos[i] && infos[i]->elements == elements[i]);
-        *dtype = i == 0 || infos[i]->dtype == *dtype ? infos[i]->dtype : DTYPE_F32;
+        infos[i] = safetensors_find(source->file, specs[i].name); // NULL: packed
+        VERIFY(!infos[i] || infos[i]->elements == elements[i]);
+        enum dtype own = infos[i] ? infos[i]->dtype : DTYPE_F32;
+        *dtype = i == 0 || own == *dtype ? own : DTYPE_F32;
     }
     size_t element_bytes = dtype_bytes(*dtype);
     char *to = *buffer = mem_alloc_aligned(total * element_bytes);
@@ -205,6 +218,9 @@ static enum status read_stacked(const struct source *source, const struct tensor
     for (int i = 0; i < count && status == STATUS_OK; i++) {
         if (!source->file) {
             dummy_fill((uint16_t *)to, elements[i], tensor_seed(source->seed, specs[i].name));
+        } else if (!infos[i]) {
+            status = packed_read(source->file, source->packing, specs[i].name, specs[i].rows,
+                                 specs[i].columns, (float *)(void *)to, err);
         } else if (infos[i]->dtype == *dtype) {
             status = safetensors_read(source->file, infos[i], to, err);
         } else {
@@ -335,7 +351,7 @@ static enum status load_all(struct model *m, const struct source *source, struct
 
 enum status weights_load(struct model *model, const struct model_options *options,
                          struct error *err) {
-    struct source source = {.seed = options->seed};
+    struct source source = {.seed = options->seed, .packing = &model->config.packing};
     if (options->dummy) return load_all(model, &source, err);
     struct safetensors *file = NULL;
     enum status status = safetensors_open_folder(options->folder, &file, err);

@@ -28,6 +28,11 @@ static void adapters_open(const struct lora_geometry *from) {
         snprintf(name, sizeof name, "a%d", i);
         snprintf(source, sizeof source, "dummy:rank=%d,seed=%d", ranks[i], 100 + (i == 2 ? 1 : i));
         assert_int_equal(adapter_open(&geometry, name, -1, source, &adapters[i], NULL), STATUS_OK);
+        if (i < 4) continue; // the others are activated ones: by a token that prompts of a group have
+        adapters[i]->invocation = mem_zalloc(1, sizeof *adapters[i]->invocation);
+        adapters[i]->invocation->count = 1;
+        adapters[i]->invocation->tokens[0] =
+            (int32_t)(philox_word(i % PROMPT_GROUPS, 9 + 11 * (i - 4)) % RIG_VOCABULARY);
     }
 }
 

@@ -62,9 +62,11 @@ struct matrix {
 };
 
 // Multiplying with unit vectors gives the rounded weights: 32767 times each, exactly scaled back.
-static struct matrix matrix_create(struct backend *b, int out, int in) {
+static struct matrix matrix_of(struct backend *b, int out, int in, const float *weights) {
     size_t count = (size_t)out * (size_t)in;
-    struct matrix m = {out, in, random_floats(count), mem_alloc(count * sizeof(float)), NULL};
+    struct matrix m = {out, in, mem_alloc(count * sizeof(float)),
+                       mem_alloc(count * sizeof(float)), NULL};
+    memcpy(m.stored, weights, count * sizeof *weights);
     struct error err = {0};
     if (ops->linear_create(b, m.stored, DTYPE_F32, out, in, &m.linear, &err) != STATUS_OK)
         fail_msg("%s", err.text);
@@ -77,6 +79,13 @@ static struct matrix matrix_create(struct backend *b, int out, int in) {
     }
     free(x);
     free(y);
+    return m;
+}
+
+static struct matrix matrix_create(struct backend *b, int out, int in) {
+    float *weights = random_floats((size_t)out * (size_t)in);
+    struct matrix m = matrix_of(b, out, in, weights);
+    free(weights);
     return m;
 }
 
@@ -179,6 +188,34 @@ static void test_rows_invariant(void **state) {
     }
 }
 
+// Weights that lie on a grid of sixteen steps in groups of 128, 64 or 32, as quantised checkpoints have
+// them, stay what they are; zeros from 1 to 16, scales of eleven bits.
+static void test_grids_are_kept(void **state) {
+    (void)state;
+    enum { OUT = 40, IN = 640 };
+    static float weights[OUT * IN];
+    for (int s = 0; s < SETUPS; s++) {
+        if (setups[s].quantization != QUANT_INT4) continue;
+        struct backend *b = open_setup(&setups[s]);
+        if (!b) continue;
+        for (int group = 32; group <= 128; group *= 2) {
+            for (int i = 0; i < OUT * IN; i += group) {
+                float scale = (float)(1024 + (int)(random_float() * 512)) / 65536.0f;
+                int zero = 1 + (int)(fabsf(random_float()) * 15.9f);
+                for (int k = i; k < i + group; k++)
+                    weights[k] = scale * (float)((int)(fabsf(random_float()) * 15.99f) - zero);
+            }
+            struct matrix m = matrix_of(b, OUT, IN, weights);
+            for (int i = 0; i < OUT * IN; i++)
+                if (fabsf(m.read[i] - weights[i]) > 1e-5f * fabsf(weights[i]) + 1e-7f)
+                    fail_msg("groups of %d: weight %d was %g and is %g", group, i,
+                             (double)weights[i], (double)m.read[i]);
+            matrix_destroy(b, &m);
+        }
+        ops->close(b);
+    }
+}
+
 // The largest numbers do not overflow the integers; nothing and what is no number stay what they are.
 static void test_extremes(void **state) {
     (void)state;
@@ -214,6 +251,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_products),
         cmocka_unit_test(test_rows_invariant),
+        cmocka_unit_test(test_grids_are_kept),
         cmocka_unit_test(test_extremes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
