@@ -2,6 +2,8 @@
 // benchmarks without a checkpoint. Any thread.
 #include "pager/adapter_internal.h"
 
+#include "base/wide.h"
+
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -63,7 +65,7 @@ static struct generator generator_create(float limit, uint64_t seed) {
     return generator;
 }
 
-static void generate(struct generator *generator, float *values, size_t count) {
+WIDE static void generate(struct generator *generator, float *values, size_t count) {
     for (size_t at = 0; at < count; at += 2 * LANES) {
         float block[2 * LANES];
         for (int i = 0; i < LANES; i++) {

@@ -4,6 +4,7 @@
 // files and tensors, never the folder on the host (base/file.h sees to that).
 #include "pager/adapter_internal.h"
 
+#include "base/wide.h"
 #include "base/file.h"
 #include "base/memory.h"
 #include "base/safetensors.h"
@@ -134,7 +135,7 @@ struct reader {
 };
 
 // The block's values times `scale`; false: one of them is NaN, infinite or too large.
-static bool scale_values(float *values, size_t count, float scale) {
+WIDE static bool scale_values(float *values, size_t count, float scale) {
     bool finite = true;
     for (size_t i = 0; i < count; i++) {
         values[i] *= scale;
@@ -144,7 +145,7 @@ static bool scale_values(float *values, size_t count, float scale) {
 }
 
 // None of `count` values is NaN, infinite or too large for bf16.
-static bool all_finite(const void *values, enum dtype dtype, size_t count) {
+WIDE static bool all_finite(const void *values, enum dtype dtype, size_t count) {
     uint32_t bad = 0;
     if (dtype == DTYPE_BF16)
         for (size_t i = 0; i < count; i++)

@@ -360,8 +360,8 @@ bool engine_step(struct engine *engine) {
     plan(engine);
     admit(engine, now_s);
     bool works = engine->running_count > 0;
-    // One or two who wait are worth no late tokens of others; when more do, steps run half empty.
-    bool urgent = engine->cold_count > 2 && 2 * engine->cold_count > engine->running_count;
+    // One who waits is worth no late tokens of others; when several do, steps run half empty.
+    bool urgent = engine->cold_count > 1 && 4 * engine->cold_count >= engine->running_count;
     host_store_set_pace(engine->host_store, !works   ? HOST_IDLE
                                             : urgent ? HOST_URGENT
                                                      : HOST_PACED);

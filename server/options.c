@@ -61,8 +61,8 @@ static const struct option table[] = {
      AT(load_threads), 1, 64},
     {"load-share", "PERCENT", "10",
      "of one core: what those threads take together while steps are computed on the CPU, so\n"
-     "that others' tokens keep coming; when many requests wait for adapters beside those\n"
-     "that run, they take what they need",
+     "that others' tokens keep coming; when several requests wait for adapters, a fourth of\n"
+     "those that run or more, they take what they need",
      KIND_INT, AT(load_share), 1, 6400},
     {"prefix-cache", "0|1", "1",
      "1 keeps computed prompts, so that requests of the same tenant and adapter with an equal\n"

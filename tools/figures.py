@@ -186,6 +186,19 @@ def speculation():
     return "\n".join(lines + ["", result["what"] + ". From", source(name, result) + "."])
 
 
+def lora_layout():
+    name = "cpu-lora-layout.json"
+    result = load(name)
+    lines = ["| sequences, each on its own rank-16 adapter | shrink before | after | expand before | "
+             "after | bytes over bandwidth, each |", "|---:|---:|---:|---:|---:|---:|"]
+    for row in result["rows"]:
+        b, a = row["before"], row["after"]
+        lines.append(f"| {row['sequences']} | {b['lora shrink']:.1f} | {a['lora shrink']:.1f} | "
+                     f"{b['lora expand']:.1f} | {a['lora expand']:.1f} | {row['limit_ms']:.1f} |")
+    return "\n".join(lines + ["", "Best of " + str(result["rounds"]) + " runs each. From",
+                              source(name, result) + "."])
+
+
 def footprint():
     name = "cpu-footprint.json"
     result = load(name)

@@ -4,9 +4,9 @@
     make compare            installs what it can, makes the model, runs this
     bench/compare/compare.py --folder DIR [--rounds 3] [--out bench/results/cpu-compare]
 
-A TinyLlama-1.1B shape in bf16, the same random weights for everybody; prompts of 32 tokens, 48
-tokens out, greedy, end of text ignored. In every round each engine is started, asked and stopped
-before the next one, so that no two share the processor:
+A TinyLlama-1.1B shape in bf16, and rounded to 8 bits, the same random weights for everybody; prompts
+of 32 tokens, 48 tokens out, greedy, end of text ignored. In every round each engine is started,
+asked and stopped before the next one, so that no two share the processor:
 
   decode 1      one request; tokens a second after the first
   base 16       16 requests at once on the base model: output tokens a second over the whole run
@@ -67,15 +67,18 @@ def limits(bench, config):
 
 
 def summarize(rounds):
-    names = sorted({name for r in rounds for name in r}, key=lambda n: (n != "lorad", n))
+    order = [kind.name for kind in engines.ENGINES]
+    names = sorted({name for r in rounds for name in r}, key=order.index)
     table = {}
     for name in names:
         mine = [r[name] for r in rounds if name in r]
         table[name] = {case: spread([m[case]["tokens_per_s"] for m in mine]) for case in CASES}
         table[name]["ttft of adapters 16"] = spread([m["adapters 16"]["ttft_mean_s"] for m in mine])
-        table[name]["lorad is faster by"] = {
-            case: spread([r["lorad"][case]["tokens_per_s"] / r[name][case]["tokens_per_s"]
-                          for r in rounds if name in r]) for case in CASES}
+        ours = engines.AGAINST.get(name)
+        if ours:
+            table[name]["lorad is faster by"] = {
+                case: spread([r[ours][case]["tokens_per_s"] / r[name][case]["tokens_per_s"]
+                              for r in rounds if name in r and ours in r]) for case in CASES}
     return table
 
 
@@ -87,8 +90,8 @@ def markdown(result):
     for name, row in result["table"].items():
         lines.append(f"| {name} | " + " | ".join(cell(row[c]) for c in CASES) +
                      f" | {cell(row['ttft of adapters 16'], '{:.2f}')} |")
-        if name != "lorad":
-            lines.append(f"| lorad / {name} | " + " | ".join(
+        if name in engines.AGAINST:
+            lines.append(f"| {engines.AGAINST[name]} / {name} | " + " | ".join(
                 cell(row["lorad is faster by"][c], "{:.2f}") for c in CASES) + " | |")
     for name, reason in result["missing"].items():
         lines.append(f"| {name} | not measured: {reason} |" + " |" * len(CASES))
@@ -113,7 +116,7 @@ def svg(result):
             length = (width - left - 60) * s["median"] / top
             lines.append(f'<text x="12" y="{y + 11}">{name}</text><rect x="{left}" y="{y + 2}" '
                          f'width="{length:.1f}" height="{bar - 5}" '
-                         f'fill="{"#36c" if name == "lorad" else "#aaa"}"/>'
+                         f'fill="{"#36c" if name.startswith("lorad") else "#aaa"}"/>'
                          f'<text x="{left + length + 4:.1f}" y="{y + 11}">{s["median"]:.1f}</text>')
             y += bar
     return "\n".join([*lines, "</svg>"]) + "\n"

@@ -88,13 +88,15 @@ class HttpEngine:
 
 
 class Lorad(HttpEngine):
-    name = "lorad"
+    """Without speculation, which no other engine here does."""
+    name, options = "lorad", ()
 
     def __init__(self, options):
         self.port = free_port()
         folder = pathlib.Path(options.folder)
         command = [options.lorad, "serve", "--model", str(folder / "hf"), "--served-model-name",
-                   "base", "--port", str(self.port), "--dtype", "bf16", "--pool-bytes", "2GiB"]
+                   "base", "--port", str(self.port), "--dtype", "bf16", "--pool-bytes", "2GiB",
+                   "--speculation", "off", *self.options]
         for i in range(options.adapters):
             command += ["--adapter", f"a{i:02d}={folder}/adapters/a{i:02d}"]
         self.launch(command, "/ready")
@@ -111,17 +113,21 @@ class Lorad(HttpEngine):
         return before + (len(choices[0].get("token_ids") or []) if choices else 0)
 
 
+class LoradInt8(Lorad):
+    name, options = "lorad int8", ("--quantization", "int8")
+
+
 class LlamaCpp(HttpEngine):
     """llama.cpp's server. Slots with different adapters are not computed in one batch there."""
-    name = "llama.cpp"
+    name, model = "llama.cpp", "model.gguf"
 
     def __init__(self, options):
         program = options.llama_server or shutil.which("llama-server")
         folder = pathlib.Path(options.folder)
-        if not program or not (folder / "model.gguf").exists():
-            raise Missing("no llama-server, or no GGUF files (package gguf)")
+        if not program or not (folder / self.model).exists():
+            raise Missing(f"no llama-server, or no {self.model}")
         self.port = free_port()
-        command = [program, "-m", str(folder / "model.gguf"), "--port", str(self.port), "--host",
+        command = [program, "-m", str(folder / self.model), "--port", str(self.port), "--host",
                    "127.0.0.1", "-c", str(16 * 1024), "-np", "16", "-t", str(os.cpu_count()),
                    "--no-webui", "--lora-init-without-apply", "-fit", "off"]
         for i in range(options.adapters):
@@ -137,6 +143,10 @@ class LlamaCpp(HttpEngine):
 
     def total(self, event, before):  # bytes of a character that is not whole come with the next
         return event["tokens_predicted"] if event.get("stop") else before + 1
+
+
+class LlamaCppQ8(LlamaCpp):
+    name, model = "llama.cpp Q8_0", "model-q8_0.gguf"
 
 
 class Vllm(HttpEngine):
@@ -192,4 +202,7 @@ class Peft:
         self.process.wait(60)
 
 
-ENGINES = (Lorad, LlamaCpp, Peft, Vllm)
+ENGINES = (Lorad, LlamaCpp, Peft, Vllm, LoradInt8, LlamaCppQ8)
+# Whom each is compared with: who keeps weights in as many bits.
+AGAINST = {"llama.cpp": "lorad", "transformers + PEFT": "lorad", "vLLM (CPU)": "lorad",
+           "llama.cpp Q8_0": "lorad int8"}

@@ -40,6 +40,11 @@ for name, target in json.loads((folder / "_symlinks.json").read_text()).items():
     if not (folder / name).exists():
         (folder / name).symlink_to(target)
 LINKS
+quantize=${server%/*}/llama-quantize
+if [ -n "$server" ] && [ ! -e "$work/model/model-q8_0.gguf" ]; then
+    "$quantize" "$work/model/model.gguf" "$work/model/model-q8_0.gguf" Q8_0 >>"$work/install.log" 2>&1 ||
+        echo "compare: llama-quantize failed ($work/install.log)"
+fi
 vllm=$work/vllm/bin/vllm
 [ -x "$vllm" ] || vllm=""
 exec "$python" bench/compare/compare.py --folder "$work/model" --llama-server "$server" \

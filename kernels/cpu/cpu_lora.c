@@ -22,7 +22,8 @@ enum {
     ITEM_RANKS = 16,              // of a shrink item
     ITEM_TOKENS = 64,
     SHRINK_CHUNK_BYTES = 64 << 10, // of A, about, that are worth a chunk of their own
-    CHUNKS_A_THREAD = 6,
+    SHRINK_CHUNKS = 6,            // a thread
+    EXPAND_CHUNKS = 2,            // a thread: long runs of B are read faster than short ones
     EXPAND_COST_MIN = 16384,      // bytes of B, about, that are worth another thread
     EXPAND_AHEAD = 2,             // panels of B: asked for so long before
     V_ROW = LORA_TARGETS_MAX * LORA_RANK_MAX,
@@ -223,7 +224,7 @@ static size_t item_cost(const struct shrink_job *job, const struct shrink_item *
 static int cut_items(struct shrink_job *job, int count) {
     size_t total = 0, cost = 0;
     for (int i = 0; i < count; i++) total += item_cost(job, &job->items[i]);
-    size_t wanted = total / (size_t)(job->b->thread_count * CHUNKS_A_THREAD);
+    size_t wanted = total / (size_t)(job->b->thread_count * SHRINK_CHUNKS);
     if (wanted < SHRINK_CHUNK_BYTES) wanted = SHRINK_CHUNK_BYTES;
     int chunks = 0;
     job->chunk_first[0] = 0;
@@ -381,7 +382,7 @@ void cpu_lora_expand(struct backend *b, const struct lora_launch *launch) {
     for (int target = 0; target < launch->target_count; target++)
         total += column_cost(&job, target) * (size_t)launch->target[target].out;
     if (total == 0) return;
-    size_t wanted = total / (size_t)(b->thread_count * CHUNKS_A_THREAD);
+    size_t wanted = total / (size_t)(b->thread_count * EXPAND_CHUNKS);
     if (wanted < EXPAND_COST_MIN) wanted = EXPAND_COST_MIN;
     for (int target = 0; target < launch->target_count; target++) {
         size_t cost = column_cost(&job, target), out = (size_t)launch->target[target].out;

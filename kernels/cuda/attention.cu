@@ -37,7 +37,7 @@ struct attention_shape {
 
 // What a block keeps in shared memory, all [G] or [G][...].
 struct shared_state {
-    float *q, *scores, *sum_max, *sum_sum, *part_max, *part_sum, *out, *part_out;
+    shared<float> q, scores, sum_max, sum_sum, part_max, part_sum, out, part_out;
 };
 
 __device__ __host__ static inline size_t shared_floats(const attention_shape &s) {
@@ -45,7 +45,7 @@ __device__ __host__ static inline size_t shared_floats(const attention_shape &s)
 }
 
 __device__ static inline shared_state shared_carve(const attention_shape &s) {
-    float *at = dynamic_shared<float>();
+    shared<float> at = dynamic_shared<float>();
     shared_state state;
     state.q = at;
     state.out = state.q + s.G * s.D;
@@ -88,12 +88,14 @@ __device__ static void part_scores(const attention_shape &s, const paged<T> &poo
 __device__ static void part_softmax(const attention_shape &s, int n, const shared_state &state) {
     int lane = threadIdx.x % WARP;
     for (int g = threadIdx.x / WARP; g < s.G; g += WARPS) {
-        float *scores = state.scores + g * PART, top = -INFINITY, sum = 0.0f;
+        shared<float> scores = state.scores + g * PART;
+        float top = -INFINITY, sum = 0.0f;
         for (int i = lane; i < n; i += WARP) top = fmaxf(top, scores[i]);
         top = warp_max(top);
         for (int i = lane; i < n; i += WARP) {
-            scores[i] = expf(scores[i] - top);
-            sum += scores[i];
+            float weight = expf(scores[i] - top);
+            scores[i] = weight;
+            sum += weight;
         }
         sum = warp_sum(sum);
         if (lane == 0) {

@@ -67,7 +67,7 @@ void cuda_narrow(struct backend *b, bf16 *to, const float *from, size_t count) {
 
 // The sum over the block; every thread has it.
 __device__ static inline float block_sum(float value) {
-    float *warps = dynamic_shared<float>(); // [ROW_THREADS / WARP]
+    shared<float> warps = dynamic_shared<float>(); // [ROW_THREADS / WARP]
     value = warp_sum(value);
     if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = value;
     __syncthreads();

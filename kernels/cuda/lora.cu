@@ -62,7 +62,7 @@ struct device_launch {
 
 // Adds the products of eight elements of A's row and each token's x.
 template <int TILE>
-__device__ static inline void multiply_eight(float *sums, const float a[EIGHT], const float *x) {
+__device__ static inline void multiply_eight(float *sums, const float a[EIGHT], shared<float> x) {
 #pragma unroll
     for (int t = 0; t < TILE; t++)
 #pragma unroll
@@ -73,7 +73,7 @@ __device__ static inline void multiply_eight(float *sums, const float a[EIGHT], 
 template <typename T, int TILE>
 __global__ void __launch_bounds__(SHRINK_WARPS *WARP)
     shrink_kernel(paged<T> pool, device_launch launch) {
-    float *x = dynamic_shared<float>(); // [TILE][PIECE]
+    shared<float> x = dynamic_shared<float>(); // [TILE][PIECE]
     const lora_item work = launch.items[blockIdx.z];
     const device_segment *segment = &launch.segments[work.segment];
     int target = blockIdx.y, rank = segment->target[target].rank, first = blockIdx.x * RANKS;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(SHRINK_WARPS *WARP)
 template <typename T, int TILE>
 __device__ static inline void update_eight(float sums[TILE][EIGHT], const paged<T> &pool,
                                            const int32_t *pages, uint32_t b, uint32_t left,
-                                           uint32_t width, const float *v, int r, int rank) {
+                                           uint32_t width, shared<float> v, int r, int rank) {
     float rows[AHEAD][EIGHT];
 #pragma unroll
     for (int j = 0; j < AHEAD; j++) {
@@ -142,7 +142,7 @@ __device__ static inline void update_eight(float sums[TILE][EIGHT], const paged<
 template <typename T, int TILE>
 __global__ void __launch_bounds__(COLUMN_THREADS)
     expand_kernel(paged<T> pool, device_launch launch) {
-    float *v = dynamic_shared<float>(); // [TILE][LORA_RANK_MAX]
+    shared<float> v = dynamic_shared<float>(); // [TILE][LORA_RANK_MAX]
     const lora_item work = launch.items[blockIdx.z];
     const device_segment *segment = &launch.segments[work.segment];
     int module = blockIdx.y, rank = segment->target[module].rank;

@@ -15,7 +15,10 @@
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
     kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 
-template <typename T> __device__ inline T *dynamic_shared() {
+// A place in a block's shared memory; in the emulation a class that watches for races.
+template <typename T> using shared = T *;
+
+template <typename T> __device__ inline shared<T> dynamic_shared() {
     extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
     return reinterpret_cast<T *>(dynamic_shared_memory);
 }

@@ -61,6 +61,63 @@ extern "C" void emulate_switch(void **save, void *load);
     abort();
 }
 
+// ------------------------------------------------------------------ races in shared memory
+
+// Who touched a word since the block's last barrier. Of readers: the last one, and which warps.
+struct touched {
+    int barrier;                // of which barrier's time this is
+    int writer, write_exchange; // -1: nobody
+    int reader, read_exchange;
+    uint32_t reader_warps;
+};
+static touched words[SHARED_MAX / 4];
+static int barriers;
+static size_t shared_size;
+
+static touched *touch(const void *word) {
+    size_t at = static_cast<size_t>(static_cast<const unsigned char *>(word) - shared_memory);
+    if (at + 4 > shared_size) fail("shared memory beyond what the launch asked for");
+    touched *t = &words[at / 4];
+    if (t->barrier != barriers) *t = {barriers, -1, 0, -1, 0, 0};
+    return t;
+}
+
+// Whether the running thread comes after what `other` did at its exchange number `exchange`.
+static bool after(int other, int exchange) {
+    return other == current ||
+           (other / LANES == current / LANES && exchange < fibers[current].exchanges);
+}
+
+[[noreturn]] static void race(const char *what, int other, const void *word) {
+    char text[160];
+    size_t at = static_cast<size_t>(static_cast<const unsigned char *>(word) - shared_memory) / 4;
+    snprintf(text, sizeof text, "a race in shared memory: threads %d and %d, word %zu, %s", other,
+             current, at, what);
+    fail(text);
+}
+
+void emulate_shared_read(const void *word) {
+    touched *t = touch(word);
+    if (t->writer >= 0 && !after(t->writer, t->write_exchange))
+        race("written and read", t->writer, word);
+    t->reader = current;
+    t->read_exchange = fibers[current].exchanges;
+    t->reader_warps |= 1u << current / LANES;
+}
+
+void emulate_shared_write(const void *word) {
+    touched *t = touch(word);
+    if (t->writer >= 0 && !after(t->writer, t->write_exchange))
+        race("written twice", t->writer, word);
+    if (t->reader >= 0 && !after(t->reader, t->read_exchange))
+        race("read and written", t->reader, word);
+    if (t->reader_warps & ~(1u << current / LANES)) race("read and written", t->reader, word);
+    t->writer = current;
+    t->write_exchange = fibers[current].exchanges;
+}
+
+// ------------------------------------------------------------------ threads
+
 static void wait_for(wait what) {
     fibers[current].waits = what;
     emulate_switch(&fibers[current].stack_pointer, scheduler_pointer);
@@ -142,6 +199,8 @@ static void block_run(uint64_t *random, const std::vector<int> &lanes, size_t sh
     uint32_t nan = 0x7fc0dead;
     for (size_t at = 0; at + 4 <= shared_bytes; at += 4) memcpy(shared_memory + at, &nan, 4);
     for (int i = 0; i < fiber_count; i++) fiber_start(&fibers[i]);
+    shared_size = shared_bytes;
+    barriers++; // no word remembers another block
     for (;;) {
         int runnable[THREADS_MAX / LANES], count = 0, done = 0, at_block = 0;
         for (int warp = 0; warp < fiber_count; warp += LANES)
@@ -156,6 +215,7 @@ static void block_run(uint64_t *random, const std::vector<int> &lanes, size_t sh
         }
         if (done == fiber_count) return;
         if (at_block < fiber_count) fail("some threads ended while others wait at a barrier");
+        barriers++;
         for (int i = 0; i < fiber_count; i++) fibers[i].waits = RUNS;
     }
 }

@@ -4,11 +4,12 @@
 // warp_exchange for its warp. Blocks run one after another, so a __shared__ array is a static one.
 // The orders of blocks, of warps and of a warp's lanes are shuffled from emulate_seed, and warps run
 // ahead of each other as far as barriers let them, so that a missing barrier reads what a later
-// thread has not written yet; dynamic shared memory is filled with NaN before each block. A barrier
-// or an exchange that only some threads reach aborts with a sentence. Device memory ends at a page
-// that faults, so that a read or write past the end does too.
+// thread has not written yet; dynamic shared memory is filled with NaN before each block, and each
+// of its words remembers who read and wrote it, so that a race is found whatever the order was. A
+// barrier or an exchange that only some threads reach aborts with a sentence. Device memory ends at
+// a page that faults, so that a read or write past the end does too; so does shared memory.
 //
-// What it does not do: memory ordering between blocks, timing, warps of divergent lanes that never
+// test_emulator.cpp breaks each of these rules on purpose. What it does not do: memory ordering between blocks, timing, warps of divergent lanes that never
 // meet. It is for indexing, barriers and arithmetic.
 #ifndef LORAD_TESTS_EMULATION_EMULATE_H
 #define LORAD_TESTS_EMULATION_EMULATE_H
@@ -43,7 +44,50 @@ float warp_exchange(float value, int bits);
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
     emulate_launch(#kernel, grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
 
-template <typename T> inline T *dynamic_shared() {
+// Shared memory, watched word by word: two threads touch a word, one of them writes, and neither a
+// barrier of the block nor an exchange of their warp lies between: that is a race, and the end.
+void emulate_shared_read(const void *word);
+void emulate_shared_write(const void *word);
+
+// What shared<T>[i] gives where it may be written to.
+template <typename T> class shared_word {
+    T *at;
+
+  public:
+    explicit shared_word(T *at) : at(at) {}
+    operator T() const {
+        emulate_shared_read(at);
+        return *at;
+    }
+    shared_word &operator=(T value) {
+        emulate_shared_write(at);
+        *at = value;
+        return *this;
+    }
+    shared_word &operator=(const shared_word &other) {
+        return *this = static_cast<T>(other);
+    }
+    shared_word &operator+=(T value) {
+        return *this = static_cast<T>(*this) + value;
+    }
+};
+
+// A pointer into shared memory, of 4-byte words.
+template <typename T> class shared {
+    static_assert(sizeof(T) == 4, "shared memory is watched in words");
+    T *at;
+
+  public:
+    shared(T *at = nullptr) : at(at) {}
+    shared_word<T> operator[](size_t i) const {
+        return shared_word<T>(at + i);
+    }
+    shared operator+(ptrdiff_t n) const {
+        return shared(at + n);
+    }
+};
+
+template <typename T> inline shared<T> dynamic_shared() {
     return static_cast<T *>(emulate_dynamic_shared());
 }
 
