@@ -130,7 +130,7 @@ void engine_end_due(struct engine *engine, bool cancels, double now_s);
 double engine_first_token_wait_s(const struct engine *engine, int ahead);
 
 // engine_swap.c
-void engine_learn_step(struct engine *engine, double step_s, int tokens, int rows, int drafts);
+void engine_learn_step(struct engine *engine, double step_s);
 void engine_learn_copies(struct engine *engine, const struct host_store_counts *counts);
 void engine_swap_out(struct engine *engine, struct sequence *sequence);
 void engine_swap_in(struct engine *engine, struct sequence *sequence);

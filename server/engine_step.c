@@ -303,8 +303,7 @@ static void compute(struct engine *engine) {
         engine_end_due(engine, true, after);
         return;
     }
-    engine_learn_step(engine, after - before, batch->step.token_count, batch->step.logit_count,
-                      batch->drafts);
+    engine_learn_step(engine, after - before);
     engine_take_rows(engine, logits, after);
     engine_update_metrics(engine, after - before);
 }

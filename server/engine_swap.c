@@ -20,11 +20,14 @@ static void smooth(double *known, double value) {
 
 // ------------------------------------------------------------------ rates
 
-// A step that computed `tokens` tokens, most of them of prompts, tells what one of those takes; one
-// with as many rows, what a decode does.
-void engine_learn_step(struct engine *engine, double step_s, int tokens, int rows, int drafts) {
-    if (tokens == rows) smooth(&engine->rates.decode_s, step_s / (tokens - drafts));
-    if (tokens < 32 || tokens < 4 * rows) return;
+// What the last step tells: one in which everybody decoded, what a decode takes; one whose tokens were
+// mostly of prompts, what one of those does.
+void engine_learn_step(struct engine *engine, double step_s) {
+    const struct model_step *step = &engine->batch.step;
+    int tokens = step->token_count, drafts = engine->batch.drafts;
+    if (tokens - drafts == step->span_count)
+        smooth(&engine->rates.decode_s, step_s / step->span_count);
+    if (tokens < 32 || tokens < 4 * step->logit_count) return;
     smooth(&engine->rates.token_s, step_s / tokens);
     if (engine->prefix) prefix_set_cost(engine->prefix, engine->rates.token_s * PAGE_TOKENS);
 }

@@ -7,6 +7,8 @@
 #include "kernels/cpu/cpu_isa.h"
 #include "kernels/cpu/cpu_threads.h"
 
+#include <string.h>
+
 // Scratch grows to the largest step seen and stays; each area has one user at a time.
 enum cpu_scratch {
     SCRATCH_PACKED_X, // activations packed for tiles
@@ -62,6 +64,55 @@ struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows);
 
 static inline int group_rows(const struct row_groups *groups, int group, int total) {
     return min_int(groups->rows, total - group * groups->rows);
+}
+
+// A base matmul y[T, out] = x[T, in] W^T over panels of 16 columns (cpu_panels.c); who fills this in
+// knows what weights and packed x look like.
+struct panel_job {
+    struct backend *b;
+    int out, in, panels, words; // words of k
+    int block;                  // panels at a time when there are several groups
+    float *y;
+    const float *x;
+    int tokens;
+    struct row_groups groups;
+    char *packed;       // x, one row group every packed_bytes
+    size_t packed_bytes;
+    void (*pack)(const struct panel_job *job, int group);
+    // y[rows of the group, columns of the panels] over words [first, first + count) of k, adding to
+    // what the words before gave.
+    void (*multiply)(const struct panel_job *job, int group, int panel, int panels, int first,
+                     int count);
+    int panels_a_chunk; // cpu_panels_run's own
+};
+void cpu_panels_run(struct panel_job *job);
+
+static inline const float *group_input(const struct panel_job *job, int group) {
+    return job->x + (size_t)group * (size_t)job->groups.rows * (size_t)job->in;
+}
+
+static inline char *group_packed(const struct panel_job *job, int group) {
+    return job->packed + (size_t)group * job->packed_bytes;
+}
+
+// Where a tile over these columns puts its sums: y, or `edge` when the last columns are not there.
+struct panel_output {
+    float *y, *to;
+    size_t stride;
+};
+static inline struct panel_output panel_output(const struct panel_job *job, int group, int panel,
+                                               int panels, float *edge) {
+    bool partial = (panel + panels) * PANEL > job->out;
+    float *y = job->y + (size_t)group * (size_t)job->groups.rows * (size_t)job->out + panel * PANEL;
+    return (struct panel_output){y, partial ? edge : y, partial ? PANEL : (size_t)job->out};
+}
+
+static inline void panel_finish(const struct panel_job *job, const struct panel_output *output,
+                                int panel, int rows) {
+    if (output->to == output->y) return;
+    for (int r = 0; r < rows; r++)
+        memcpy(output->y + (size_t)r * (size_t)job->out, output->to + r * PANEL,
+               (size_t)(job->out - panel * PANEL) * sizeof(float));
 }
 
 // The first element of page `page` in layer `layer`.

@@ -7,9 +7,7 @@
 // such columns in 16 bits for that reason); what is lost is lost in the weights. Sums over a group
 // are exact integers: 256 pairs of 127 x 32767 still fit 31 bits.
 //
-// The loops are those of cpu_linear.c: few rows stream the panels past once; many take a block of
-// panels and a piece of k that fit the second-level cache for all rows. A row's bits do not depend
-// on which.
+// The order is that of cpu_panels.c, whose pieces of k are whole groups of either kind.
 #include "kernels/cpu/cpu_internal.h"
 
 #include "base/memory.h"
@@ -23,10 +21,7 @@ enum {
     GROUP_WORDS_INT8 = 256, // pairs of k after which integers become floats
     GROUP_INT4_MAX = 128,   // elements
     GROUP_INT4_MIN = 32,
-    BLOCK_PANELS = 16,      // of a many-token matmul
-    PIECE_WORDS = 256,      // of k: whole groups of either kind
-    PACK_INLINE_MAX = 65536,
-    CHUNKS_A_THREAD = 6,
+    BLOCK_PANELS = 16,      // of a many-token matmul: 8 KiB of each for a piece of k
 };
 
 struct quant_linear {
@@ -68,7 +63,9 @@ static bool find_grid(const float *row, int count, float *scale, float *zero) {
         most = fmaxf(most, row[k]);
         if (row[k] != 0.0f) smallest = fminf(smallest, fabsf(row[k]));
     }
-    for (int multiple = 1; multiple <= 7 && most > least; multiple++) { // so some is not zero
+    *scale = *zero = 0.0f;
+    if (least == 0.0f && most == 0.0f) return true;
+    for (int multiple = 1; multiple <= 7 && most > least; multiple++) {
         float step = smallest / (float)multiple;
         bool fits = most - least < 15.01f * step;
         for (int k = 0; fits && k < count; k++) {
@@ -175,121 +172,75 @@ void cpu_quant_destroy(struct quant_linear *linear) {
 // ------------------------------------------------------------------ the matmul
 
 struct multiply_job {
-    struct backend *b;
+    struct panel_job panels; // first; of its packed x a group has also scales and sums
     const struct quant_linear *linear;
-    float *y;
-    const float *x;
-    int tokens, panels_a_chunk;
-    struct row_groups groups;
-    char *packed; // one row group every group_bytes: x, its scales, its sums
-    size_t group_bytes, scales_at, sums_at;
+    size_t scales_at, sums_at;
 };
 
-static char *row_group(const struct multiply_job *job, int group) {
-    return job->packed + (size_t)group * job->group_bytes;
+static float *group_scales(const struct multiply_job *job, int group) {
+    return (float *)(void *)(group_packed(&job->panels, group) + job->scales_at);
 }
 
-static void pack_group(void *context, int group, int thread) {
-    (void)thread;
-    const struct multiply_job *job = context;
-    const struct quant_linear *l = job->linear;
-    size_t in = (size_t)l->in;
-    char *to = row_group(job, group);
-    job->b->kernels->pack_quant(to, (float *)(void *)(to + job->scales_at),
-                                l->four ? (float *)(void *)(to + job->sums_at) : NULL,
-                                job->x + (size_t)group * (size_t)job->groups.rows * in, in,
-                                group_rows(&job->groups, group, job->tokens), l->in,
-                                l->group_words);
+static float *group_sums(const struct multiply_job *job, int group) {
+    return (float *)(void *)(group_packed(&job->panels, group) + job->sums_at);
 }
 
-// y[rows of the group, columns of the panels] over words [first, first + count) of k.
-static void multiply(const struct multiply_job *job, int group, int panel, int panels, int first,
-                     int count) {
+static void pack_group(const struct panel_job *panels, int group) {
+    const struct multiply_job *job = (const struct multiply_job *)panels;
     const struct quant_linear *l = job->linear;
-    int rows = group_rows(&job->groups, group, job->tokens), column = panel * PANEL;
-    size_t padded = job->b->kernels->tile_rows[rows], quant = (size_t)(first / l->group_words);
+    panels->b->kernels->pack_quant(group_packed(panels, group), group_scales(job, group),
+                                   l->four ? group_sums(job, group) : NULL,
+                                   group_input(panels, group), (size_t)l->in,
+                                   group_rows(&panels->groups, group, panels->tokens), l->in,
+                                   l->group_words);
+}
+
+static void multiply(const struct panel_job *panels, int group, int panel, int panel_count,
+                     int first, int count) {
+    const struct multiply_job *job = (const struct multiply_job *)panels;
+    const struct quant_linear *l = job->linear;
+    int rows = group_rows(&panels->groups, group, panels->tokens);
+    size_t padded = panels->b->kernels->tile_rows[rows], quant = (size_t)(first / l->group_words);
     size_t scale = ((size_t)panel * (size_t)l->groups + quant) * PANEL;
-    const char *x = row_group(job, group);
+    size_t word_bytes = l->four ? PANEL : 2 * PANEL;
     float edge[TILE_ROWS_MAX * PANEL];
-    bool partial = column + panels * PANEL > l->out;
-    float *y = job->y + (size_t)group * (size_t)job->groups.rows * (size_t)l->out + column;
+    struct panel_output output = panel_output(panels, group, panel, panel_count, edge);
     struct cpu_quant_tile tile = {
-        .x = x + (size_t)first * padded * sizeof(uint32_t),
-        .w = l->panel + (size_t)panel * l->panel_bytes + (size_t)first * (l->four ? PANEL : 2 * PANEL),
+        .x = group_packed(panels, group) + (size_t)first * padded * sizeof(uint32_t),
+        .w = l->panel + (size_t)panel * l->panel_bytes + (size_t)first * word_bytes,
         .scales = l->scales + scale,
         .zeros = l->four ? l->zeros + scale : NULL,
-        .x_scales = (const float *)(const void *)(x + job->scales_at),
-        .x_sums = (const float *)(const void *)(x + job->sums_at) + quant * padded,
+        .x_scales = group_scales(job, group),
+        .x_sums = group_sums(job, group) + quant * padded,
         .panel_stride = l->panel_bytes,
         .scale_stride = (size_t)l->groups * PANEL,
         .words = count,
         .group_words = l->group_words,
         .rows = rows,
-        .panels = panels,
+        .panels = panel_count,
         .add = first > 0,
         .last = first + count == l->words,
-        .y = partial ? edge : y,
-        .y_stride = partial ? PANEL : (size_t)l->out,
+        .y = output.to,
+        .y_stride = output.stride,
     };
-    job->b->kernels->tile_quant(&tile, l->four);
-    for (int r = 0; partial && r < rows; r++)
-        memcpy(y + (size_t)r * (size_t)l->out, edge + r * PANEL,
-               (size_t)(l->out - column) * sizeof *y);
-}
-
-// A chunk when all tokens are one group.
-static void stream_panels(void *context, int chunk, int thread) {
-    (void)thread;
-    const struct multiply_job *job = context;
-    const struct quant_linear *l = job->linear;
-    int whole = l->out / PANEL, at_once = job->b->kernels->tile_panels[job->tokens];
-    int first = chunk * job->panels_a_chunk, end = min_int(first + job->panels_a_chunk, l->panels);
-    for (int panel = first, step; panel < end; panel += step) {
-        step = min_int(at_once, max_int(1, min_int(end, whole) - panel));
-        if (step == 3) step = 2;
-        multiply(job, 0, panel, step, 0, l->words);
-    }
-}
-
-// A chunk when there are several groups.
-static void block_panels(void *context, int chunk, int thread) {
-    (void)thread;
-    const struct multiply_job *job = context;
-    const struct quant_linear *l = job->linear;
-    int first = chunk * BLOCK_PANELS, end = min_int(first + BLOCK_PANELS, l->panels);
-    int at_once = min_int(2, job->b->kernels->tile_panels[job->groups.padded]);
-    if (end * PANEL > l->out) { // the partial panel has no room in y between pieces
-        end--;
-        for (int group = 0; group < job->groups.count; group++)
-            multiply(job, group, end, 1, 0, l->words);
-    }
-    for (int at = 0; at < l->words; at += PIECE_WORDS)
-        for (int group = 0; group < job->groups.count; group++)
-            for (int panel = first, step; panel < end; panel += step) {
-                step = min_int(at_once, end - panel);
-                multiply(job, group, panel, step, at, min_int(PIECE_WORDS, l->words - at));
-            }
+    panels->b->kernels->tile_quant(&tile, l->four);
+    panel_finish(panels, &output, panel, rows);
 }
 
 void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, float *y,
                       const float *x, int tokens) {
-    struct multiply_job job = {.b = b, .linear = linear, .y = y, .x = x, .tokens = tokens};
-    job.groups = cpu_row_groups(b->kernels, tokens);
-    size_t padded = (size_t)job.groups.padded;
-    job.scales_at = round_up(cpu_packed_bytes(job.groups.padded, linear->in), 64);
-    job.sums_at = job.scales_at + round_up(padded * sizeof(float), 64);
-    job.group_bytes = job.sums_at + round_up((size_t)linear->groups * padded * sizeof(float), 64);
-    job.packed = cpu_scratch(b, SCRATCH_PACKED_X, (size_t)job.groups.count * job.group_bytes);
-    if ((size_t)tokens * (size_t)linear->in <= PACK_INLINE_MAX)
-        for (int group = 0; group < job.groups.count; group++) pack_group(&job, group, 0);
-    else cpu_threads_run(b->threads, pack_group, &job, job.groups.count);
-    if (job.groups.count > 1) {
-        cpu_threads_run(b->threads, block_panels, &job,
-                        (linear->panels + BLOCK_PANELS - 1) / BLOCK_PANELS);
-        return;
-    }
-    job.panels_a_chunk = max_int(1, linear->panels / (b->thread_count * CHUNKS_A_THREAD));
-    job.panels_a_chunk = (int)round_up((size_t)job.panels_a_chunk, TILE_PANELS_MAX);
-    cpu_threads_run(b->threads, stream_panels, &job,
-                    (linear->panels + job.panels_a_chunk - 1) / job.panels_a_chunk);
+    struct multiply_job job = {
+        .panels = {.b = b, .out = linear->out, .in = linear->in, .panels = linear->panels,
+                   .words = linear->words, .block = BLOCK_PANELS, .y = y, .x = x, .tokens = tokens,
+                   .groups = cpu_row_groups(b->kernels, tokens), .pack = pack_group,
+                   .multiply = multiply},
+        .linear = linear};
+    struct panel_job *panels = &job.panels;
+    size_t floats = (size_t)panels->groups.padded * sizeof(float);
+    job.scales_at = round_up(cpu_packed_bytes(panels->groups.padded, linear->in), 64);
+    job.sums_at = job.scales_at + round_up(floats, 64);
+    panels->packed_bytes = job.sums_at + round_up((size_t)linear->groups * floats, 64);
+    panels->packed = cpu_scratch(b, SCRATCH_PACKED_X,
+                                 (size_t)panels->groups.count * panels->packed_bytes);
+    cpu_panels_run(panels);
 }
