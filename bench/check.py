@@ -25,6 +25,7 @@ BASELINE = ROOT / "bench" / "baseline.json"
 PROGRAMS = {
     "tests/test_backend_cpu": ["cpu_linear", "cpu_lora_shrink", "cpu_lora_expand", "cpu_attention",
                                "cpu_rms_norm", "cpu_rope_and_kv_write", "cpu_silu_mul"],
+    "tests/test_quant": ["cpu_quant_linear"],
     "tests/test_scheduler": ["sched_plan"],
     "tests/test_tenants": ["tenants_window", "tenants_wait"],
     "tests/test_sampler": ["sampler_sample"],
