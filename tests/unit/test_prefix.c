@@ -189,8 +189,35 @@ static void equal_pages_become_one(void **state) {
     world_close();
 }
 
+// What comes before an activated adapter is the base's: pages of either serve both. From there on
+// nothing is shared, and the adapter's pages go with it alone.
+static void base_pages_are_shared(void **state) {
+    (void)state;
+    world_open(EVICTION_COST);
+    struct prefix_scope base = {.bytes = {7}}, own = scope_of(1);
+    memcpy(own.base, base.bytes, sizeof own.base);
+    own.base_pages = 2;
+    int32_t token[LENGTH] = {0}, computed[4], matched[6];
+    assert_int_equal(pool_take(world.pool, PAGE_KV, 4, computed), STATUS_OK);
+    assert_int_equal(prefix_add(world.prefix, &base, token, 64, computed, 0), 4);
+    assert_int_equal(prefix_peek(world.prefix, &own, token, LENGTH), 2);
+    assert_int_equal(prefix_match(world.prefix, &own, token, LENGTH, matched), 2);
+    assert_memory_equal(matched, computed, 2 * sizeof *matched);
+    assert_int_equal(pool_take(world.pool, PAGE_KV, 2, matched + 2), STATUS_OK);
+    assert_int_equal(prefix_add(world.prefix, &own, token, 64, matched, 2), 4);
+    assert_int_not_equal(matched[2], computed[2]);
+    assert_int_equal(prefix_peek(world.prefix, &own, token, LENGTH), 4);
+    prefix_leave(world.prefix, matched, 4, 1);
+    prefix_leave(world.prefix, computed, 4, 2);
+    prefix_drop(world.prefix, own.list);
+    assert_int_equal(prefix_peek(world.prefix, &own, token, LENGTH), 2);
+    assert_int_equal(prefix_peek(world.prefix, &base, token, LENGTH), 4);
+    world_close();
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(random_traces),
-                                       cmocka_unit_test(equal_pages_become_one)};
+                                       cmocka_unit_test(equal_pages_become_one),
+                                       cmocka_unit_test(base_pages_are_shared)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
