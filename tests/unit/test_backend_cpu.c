@@ -627,7 +627,7 @@ static void lora_rig_init(struct lora_rig *rig, struct backend *b, enum dtype dt
     rig->x = random_floats((size_t)rig->tokens * (size_t)c->in);
     size_t y_count = (size_t)rig->tokens * (size_t)rig->stride;
     rig->y = random_floats(y_count);
-    // Other's columns are minus zero: even adding nothing to them shows.
+    // Others' columns are minus zero: even adding nothing to them shows.
     for (int token = 0; token < rig->tokens; token++)
         for (int t = 0, column = 0; t < c->target_count; column += c->out[t] + 3, t++)
             for (int i = 0; i < 3; i++)
