@@ -71,7 +71,7 @@ static json_t *adapter_json(const struct adapter *a) {
 }
 
 // With the name of whom it shares pages with, if anybody.
-static json_t *one_adapter_json(struct registry *registry, struct adapter *adapter) {
+static json_t *one_adapter_json(struct registry *registry, const struct adapter *adapter) {
     json_t *answer = adapter_json(adapter);
     struct adapter *twin = registry_twin(registry, adapter);
     json_object_set_new(answer, "pages_of", twin ? json_string(twin->name) : json_null());

@@ -55,19 +55,16 @@ WIDE static void bf16_row_to_f32(float *to, const unsigned char *from, size_t co
     for (size_t i = 0; i < count; i++) {
         uint16_t value;
         memcpy(&value, from + 2 * i, 2);
-        uint32_t bits = (uint32_t)value << 16;
-        memcpy(&to[i], &bits, 4);
+        to[i] = bf16_to_f32(value);
     }
 }
 
-// As f32_to_bf16, without a branch.
 WIDE static void f32_row_to_bf16(unsigned char *to, const unsigned char *from, size_t count) {
     for (size_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, from + 4 * i, 4);
-        uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
-        uint16_t value = (uint16_t)((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
-        memcpy(to + 2 * i, &value, 2);
+        float value;
+        memcpy(&value, from + 4 * i, 4);
+        uint16_t rounded = f32_to_bf16(value);
+        memcpy(to + 2 * i, &rounded, 2);
     }
 }
 
@@ -90,19 +87,22 @@ void dtype_to_f32(float *to, const void *from, enum dtype from_type, size_t coun
     }
 }
 
-static void f32_to_dtype(void *to, enum dtype to_type, const float *from, size_t count) {
+static void f32_to_dtype(void *to, enum dtype to_type, const void *from, size_t count) {
     unsigned char *target = to;
+    const unsigned char *source = from;
     if (to_type == DTYPE_F32) {
-        memcpy(target, from, count * 4);
+        memcpy(target, source, count * 4);
         return;
     }
     if (to_type == DTYPE_BF16) {
-        f32_row_to_bf16(target, (const unsigned char *)(const void *)from, count);
+        f32_row_to_bf16(target, source, count);
         return;
     }
     for (size_t i = 0; i < count; i++) {
-        uint16_t value = f32_to_f16(from[i]);
-        memcpy(target + 2 * i, &value, 2);
+        float value;
+        memcpy(&value, source + 4 * i, 4);
+        uint16_t rounded = f32_to_f16(value);
+        memcpy(target + 2 * i, &rounded, 2);
     }
 }
 
@@ -116,8 +116,8 @@ void dtype_convert(void *to, enum dtype to_type, const void *from, enum dtype fr
         memcpy(to, from, count * dtype_bytes(to_type));
         return;
     }
-    if (from_type == DTYPE_F32 && to_type == DTYPE_BF16) {
-        f32_row_to_bf16(to, from, count);
+    if (from_type == DTYPE_F32) {
+        f32_to_dtype(to, to_type, from, count);
         return;
     }
     float block[BLOCK];

@@ -40,8 +40,8 @@ struct adapter_stamp {
 struct host_store;
 
 // An activated LoRA (Greenewald et al., 2504.12397; PEFT's alora_invocation_tokens) changes only the
-// tokens from the last place on at which the prompt has these; without them, none. count 0: a plain
-// adapter, which changes all.
+// tokens from the last place on at which the prompt has these; without them, none. A plain adapter has
+// none of them and changes all.
 enum { INVOCATION_MAX = 32 };
 struct adapter_invocation {
     int count;
@@ -64,9 +64,6 @@ struct adapter {
     _Atomic bool retired;  // unloaded: no new requests
     _Atomic bool forced;   // unloaded by force: requests that use it end, too
     _Atomic bool pinned;   // evicted last
-    struct adapter *twin;  // registry.c's, under its lock: borrowed; NULL: its own pages serve
-    bool twin_sought;
-    int twins;             // how many others' twin it is
     _Atomic uint64_t requests, tokens;
     _Atomic double last_used_s; // monotonic; 0: never resident; the engine writes it
 

@@ -4,11 +4,11 @@
 // files and tensors, never the folder on the host (base/file.h sees to that).
 #include "pager/adapter_internal.h"
 
-#include "base/wide.h"
 #include "base/file.h"
 #include "base/memory.h"
 #include "base/safetensors.h"
 #include "base/verify.h"
+#include "base/wide.h"
 
 #include <math.h>
 #include <stdlib.h>

@@ -87,22 +87,25 @@ static int32_t find(const struct prefix *prefix, const struct prefix_scope *scop
     return NONE;
 }
 
+static struct prefix_scope base_of(const struct prefix_scope *scope) {
+    struct prefix_scope base = {.list = NULL};
+    memcpy(base.bytes, scope->base, sizeof base.bytes);
+    return base;
+}
+
 // The scope that page number `page` of a sequence belongs to.
-static struct prefix_scope scope_at(const struct prefix_scope *scope, int page) {
-    struct prefix_scope at = *scope;
-    if (page < scope->base_pages) {
-        memcpy(at.bytes, scope->base, sizeof at.bytes);
-        at.list = NULL;
-    }
-    return at;
+static const struct prefix_scope *scope_at(const struct prefix_scope *scope,
+                                           const struct prefix_scope *base, int page) {
+    return page < scope->base_pages ? base : scope;
 }
 
 int prefix_peek(const struct prefix *prefix, const struct prefix_scope *scope,
                 const int32_t *tokens, int token_count) {
     int count = 0;
+    struct prefix_scope base = base_of(scope);
     for (int32_t parent = NONE; (count + 1) * PREFIX_PAGE_TOKENS < token_count; count++) {
-        struct prefix_scope own = scope_at(scope, count);
-        parent = find(prefix, &own, parent, tokens + count * PREFIX_PAGE_TOKENS);
+        parent = find(prefix, scope_at(scope, &base, count), parent,
+                      tokens + count * PREFIX_PAGE_TOKENS);
         if (parent == NONE) break;
     }
     return count;
@@ -122,9 +125,10 @@ static void use(struct prefix *prefix, int32_t page) {
 int prefix_match(struct prefix *prefix, const struct prefix_scope *scope, const int32_t *tokens,
                  int token_count, int32_t *pages) {
     int count = 0;
+    struct prefix_scope base = base_of(scope);
     for (int32_t parent = NONE; (count + 1) * PREFIX_PAGE_TOKENS < token_count; count++) {
-        struct prefix_scope own = scope_at(scope, count);
-        int32_t page = find(prefix, &own, parent, tokens + count * PREFIX_PAGE_TOKENS);
+        int32_t page = find(prefix, scope_at(scope, &base, count), parent,
+                            tokens + count * PREFIX_PAGE_TOKENS);
         if (page == NONE) break;
         use(prefix, page);
         pages[count] = parent = page;
@@ -168,12 +172,13 @@ static void insert(struct prefix *prefix, const struct prefix_scope *scope, int3
 int prefix_add(struct prefix *prefix, const struct prefix_scope *scope, const int32_t *tokens,
                int token_count, int32_t *pages, int shared) {
     int32_t parent = shared > 0 ? pages[shared - 1] : NONE;
+    struct prefix_scope base = base_of(scope);
     for (; (shared + 1) * PREFIX_PAGE_TOKENS <= token_count; shared++) {
         const int32_t *own = tokens + shared * PREFIX_PAGE_TOKENS;
-        struct prefix_scope own_scope = scope_at(scope, shared);
-        int32_t equal = find(prefix, &own_scope, parent, own);
+        const struct prefix_scope *at = scope_at(scope, &base, shared);
+        int32_t equal = find(prefix, at, parent, own);
         if (equal == NONE) {
-            insert(prefix, &own_scope, parent, own, pages[shared]);
+            insert(prefix, at, parent, own, pages[shared]);
         } else {
             use(prefix, equal);
             pool_give(prefix->pool, PAGE_KV, &pages[shared], 1);
@@ -232,7 +237,8 @@ static void evict(void *owner, struct evictable *item) {
     drop(prefix, (int32_t)(node - prefix->nodes));
 }
 
-// The children of a node with a list are of its scope, and so in the same list: every turn frees a leaf at least.
+// The children of a node with a list are of its scope, and so in the same list: every turn frees a
+// leaf at least.
 void prefix_drop(struct prefix *prefix, int32_t *list) {
     while (*list != NONE) {
         int32_t page = *list;

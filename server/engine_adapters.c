@@ -29,17 +29,19 @@ void engine_release_held(struct engine *engine, struct sequence *sequence, doubl
     if (engine->holder == sequence) engine->holder = NULL;
 }
 
+// Into the queue where it belongs now.
+static void sort_one(struct engine *engine, struct sched_item *item) {
+    bool cold = !sched_resident(item);
+    if (cold != item->cold) tenants_set_cold(engine->tenants, item, cold);
+}
+
 // Adapters have come or gone: who waits for them changes queues.
 static void sort_waiting(struct engine *engine) {
     struct residency_counts counts = residency_counts(engine->residency);
     uint64_t changes = counts.loads + counts.evictions;
     if (changes == engine->residency_changes) return;
     engine->residency_changes = changes;
-    for (int i = 0; i < engine->waiting_count; i++) {
-        struct sched_item *item = engine->waiting_list[i];
-        bool cold = !sched_resident(item);
-        if (cold != item->cold) tenants_set_cold(engine->tenants, item, cold);
-    }
+    for (int i = 0; i < engine->waiting_count; i++) sort_one(engine, engine->waiting_list[i]);
 }
 
 // ------------------------------------------------------------------ what the loaders did
@@ -50,24 +52,21 @@ static bool uses(const struct sched_item *item, const struct adapter *adapter) {
     return false;
 }
 
-// Files of a twin may be gone with its registration: then the request's own adapter serves.
-static bool part_twins(struct engine *engine, struct sequence *sequence,
-                       const struct adapter *adapter, double now_s) {
-    bool parted = false;
+// Files of a twin may be gone with its registration: then the request's own adapter serves. false:
+// the one that cannot be read is the request's own.
+static bool part_twins(struct engine *engine, struct sequence *sequence, struct adapter *adapter,
+                       double now_s) {
     struct sched_item *item = &sequence->item;
     for (int i = 0; i < item->adapter_count; i++) {
-        if (item->adapters[i] != adapter || sequence->request->adapters[i] == adapter) continue;
+        struct adapter *own = sequence->request->adapters[i];
+        if (item->adapters[i] != adapter || own == adapter) continue;
         engine_release_held(engine, sequence, now_s);
-        engine_want_adapters(engine, sequence, -1);
+        residency_want(engine->residency, adapter, -1);
         sequence_part_twin(sequence, i);
-        bool was_cold = item->cold;
-        engine_want_adapters(engine, sequence, 1);
-        bool cold = item->cold;
-        item->cold = was_cold; // the queue that it stands in
-        if (cold != was_cold) tenants_set_cold(engine->tenants, item, cold);
-        parted = true;
+        residency_want(engine->residency, own, 1);
+        sort_one(engine, item);
     }
-    return parted && !uses(item, adapter);
+    return !uses(item, adapter);
 }
 
 // The client did nothing wrong: whatever it was, to the client it is the server's failure.

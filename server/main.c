@@ -81,28 +81,30 @@ static char *choose_base_id(const struct options *o) {
 
 // ------------------------------------------------------------------ what is served
 
+static enum status open_chosen(struct program *p, struct error *err) {
+    p->dtype = choose_dtype(p, p->ops);
+    struct backend_options options = {.threads = p->options.threads, .dtype = p->dtype,
+                                      .quantization = choose_quantization(p)};
+    return p->ops->open(&options, &p->backend, err);
+}
+
 // "auto" takes the GPU where this build has CUDA and one opens, and says why when it does not.
 static enum status open_backend(struct program *p, struct error *err) {
     const char *device = p->options.device;
-    struct backend_options options = {.threads = p->options.threads};
     bool automatic = strcmp(device, "auto") == 0;
     p->ops = backend_find(automatic ? "cuda" : device);
     if (!p->ops && !automatic)
         return error_set(err, STATUS_UNSUPPORTED, "--device %s: this build has no such backend; "
                          "use --device cpu, or build with LORAD_CUDA=ON where nvcc is", device);
     if (p->ops) {
-        p->dtype = options.dtype = choose_dtype(p, p->ops);
-        options.quantization = choose_quantization(p);
-        enum status status = p->ops->open(&options, &p->backend, err);
+        enum status status = open_chosen(p, err);
         if (status == STATUS_OK) return status;
         if (!automatic) return error_prefix(err, "--device %s", device);
         log_event(LOG_INFO, "cpu_chosen", "%s", err->text);
         error_clear(err);
     }
     p->ops = backend_find("cpu");
-    p->dtype = options.dtype = choose_dtype(p, p->ops);
-    options.quantization = choose_quantization(p);
-    return p->ops->open(&options, &p->backend, err);
+    return open_chosen(p, err);
 }
 
 static enum status load_model(struct program *p, struct error *err) {

@@ -21,6 +21,9 @@ struct entry {
     char *name;
     struct adapter *adapter; // one reference; NULL while its first load runs
     bool loading;
+    struct entry *twin; // whose adapter's pages serve; NULL: its own
+    bool twin_sought;
+    int twins;          // how many others' twin it is
 };
 
 struct registry {
@@ -72,44 +75,44 @@ static void entry_unlink(struct registry *registry, struct entry **link) {
 
 // ------------------------------------------------------------------ twins; under the mutex
 
-// Whoever shared the pages of one that goes looks for another.
-static void part_twins(struct registry *registry, struct adapter *leaving) {
-    if (!leaving) return;
+// Before the entry's adapter goes: whoever shared its pages looks for another.
+static void part_twins(struct registry *registry, struct entry *leaving) {
     if (leaving->twin) leaving->twin->twins--;
     leaving->twin = NULL;
+    leaving->twin_sought = false;
     for (size_t i = 0; leaving->twins > 0 && i < registry->bucket_count; i++)
         for (struct entry *entry = registry->buckets[i]; entry; entry = entry->next) {
-            if (!entry->adapter || entry->adapter->twin != leaving) continue;
-            entry->adapter->twin = NULL;
-            entry->adapter->twin_sought = false;
+            if (entry->twin != leaving) continue;
+            entry->twin = NULL;
+            entry->twin_sought = false;
             leaving->twins--;
         }
     VERIFY_OP(leaving->twins, ==, 0);
 }
 
 // One that serves for itself and has the same content.
-static struct adapter *seek_twin(struct registry *registry, const struct adapter *adapter) {
+static struct entry *seek_twin(struct registry *registry, const struct entry *entry) {
     for (size_t i = 0; i < registry->bucket_count; i++)
-        for (struct entry *entry = registry->buckets[i]; entry; entry = entry->next) {
-            struct adapter *other = entry->adapter;
-            if (other && other != adapter && other->twin_sought && !other->twin &&
-                strcmp(other->digest, adapter->digest) == 0)
+        for (struct entry *other = registry->buckets[i]; other; other = other->next)
+            if (other != entry && other->twin_sought && !other->twin &&
+                strcmp(other->adapter->digest, entry->adapter->digest) == 0)
                 return other;
-        }
     return NULL;
 }
 
-struct adapter *registry_twin(struct registry *registry, struct adapter *adapter) {
+struct adapter *registry_twin(struct registry *registry, const struct adapter *adapter) {
     if (!atomic_load(&adapter->digest_known)) return NULL;
+    struct adapter *twin = NULL;
     pthread_mutex_lock(&registry->mutex);
     struct entry *entry = *find_link(registry, adapter->name);
-    bool registered = entry && entry->adapter == adapter;
-    if (registered && !adapter->twin_sought) {
-        adapter->twin = seek_twin(registry, adapter);
-        adapter->twin_sought = true;
-        if (adapter->twin) adapter->twin->twins++;
+    if (entry && entry->adapter == adapter) {
+        if (!entry->twin_sought) {
+            entry->twin = seek_twin(registry, entry);
+            entry->twin_sought = true;
+            if (entry->twin) entry->twin->twins++;
+        }
+        if (entry->twin) twin = adapter_ref(entry->twin->adapter);
     }
-    struct adapter *twin = registered && adapter->twin ? adapter_ref(adapter->twin) : NULL;
     pthread_mutex_unlock(&registry->mutex);
     return twin;
 }
@@ -133,7 +136,7 @@ void registry_destroy(struct registry *registry) {
     if (!registry) return;
     for (size_t i = 0; i < registry->bucket_count; i++)
         while (registry->buckets[i]) {
-            part_twins(registry, registry->buckets[i]->adapter);
+            part_twins(registry, registry->buckets[i]);
             retire(registry->buckets[i]->adapter);
             entry_unlink(registry, &registry->buckets[i]);
         }
@@ -197,8 +200,8 @@ void registry_commit(struct registry *registry, const char *name, struct adapter
     VERIFY((*link)->loading);
     (*link)->loading = false;
     if (adapter) {
+        part_twins(registry, *link);
         replaced = (*link)->adapter;
-        part_twins(registry, replaced);
         (*link)->adapter = adapter;
     } else if (!(*link)->adapter) {
         entry_unlink(registry, link);
@@ -241,8 +244,8 @@ void registry_end_remove(struct registry *registry, const char *name, bool remov
     VERIFY((*link)->adapter != NULL);
     (*link)->loading = false;
     if (remove) {
+        part_twins(registry, *link);
         removed = (*link)->adapter;
-        part_twins(registry, removed);
         entry_unlink(registry, link);
     }
     pthread_mutex_unlock(&registry->mutex);

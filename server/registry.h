@@ -23,7 +23,7 @@ struct adapter *registry_find(struct registry *registry, const char *name);
 // Another registered adapter whose content is the same by digest (known once it has been read), so
 // that its pages can serve both names: a new reference, or NULL. Of several the first one found
 // serves all, until it is replaced or removed; then another does.
-struct adapter *registry_twin(struct registry *registry, struct adapter *adapter);
+struct adapter *registry_twin(struct registry *registry, const struct adapter *adapter);
 MUST_CHECK enum status registry_remove(struct registry *registry, const char *name,
                                        struct error *err);
 // The same in two halves, for a caller that must write between them: after _begin the name still

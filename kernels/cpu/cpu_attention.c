@@ -101,18 +101,6 @@ static int row_context(const struct attention_job *job, const struct item *item,
     return span->context - span->token_count + item->token_first + r / job->G + 1;
 }
 
-// Rows packed for a tile, rounded to the type of the pool; and that tile.
-static void pack(const struct attention_job *job, float *to, const float *x, size_t stride,
-                 int rows, int k) {
-    const struct cpu_kernels *kernels = job->b->kernels;
-    (job->b->dtype == DTYPE_BF16 ? kernels->pack_bf16 : kernels->pack_f32)(to, x, stride, rows, k);
-}
-
-static void multiply(const struct attention_job *job, const struct cpu_tile *tile) {
-    const struct cpu_kernels *kernels = job->b->kernels;
-    (job->b->dtype == DTYPE_BF16 ? kernels->tile_bf16 : kernels->tile_f32)(tile);
-}
-
 static void pack_queries(const struct attention_job *job, const struct item *item,
                          const struct row_groups *groups, int rows, struct buffers *buf) {
     size_t D = (size_t)job->D;
@@ -123,7 +111,8 @@ static void pack_queries(const struct attention_job *job, const struct item *ite
             const float *q = query_row(job, item, g * groups->rows + r);
             for (size_t d = 0; d < D; d++) buf->rows[(size_t)r * D + d] = q[d] * scale;
         }
-        pack(job, buf->q + (size_t)g * (size_t)groups->padded * D, buf->rows, D, count, job->D);
+        cpu_pack(job->b, buf->q + (size_t)g * (size_t)groups->padded * D, buf->rows, D, count,
+                 job->D);
     }
 }
 
@@ -178,7 +167,7 @@ static void part_scores(const struct attention_job *job, const struct item *item
                 .rows = group_rows(groups, g, rows), .panels = 1,
                 .y = buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS + at,
                 .y_stride = PART_TOKENS};
-            multiply(job, &tile);
+            cpu_multiply(job->b, &tile);
         }
     }
 }
@@ -210,9 +199,9 @@ static void part_values(const struct attention_job *job, const struct item *item
     size_t stride = result_stride(job), group_weights = (size_t)groups->padded * PART_TOKENS;
     bool bf16 = job->b->dtype == DTYPE_BF16;
     for (int g = 0; g < groups->count; g++)
-        pack(job, buf->weights + (size_t)g * group_weights,
-             buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS, PART_TOKENS,
-             group_rows(groups, g, rows), n);
+        cpu_pack(job->b, buf->weights + (size_t)g * group_weights,
+                 buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS, PART_TOKENS,
+                 group_rows(groups, g, rows), n);
     for (int at = 0; at < n; at += PAGE_TOKENS) {
         const char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
         int count = min_int(PAGE_TOKENS, n - at);
@@ -233,7 +222,7 @@ static void part_values(const struct attention_job *job, const struct item *item
                     .y = buf->part + (size_t)g * (size_t)groups->rows * stride + 2 +
                          column * PANEL,
                     .y_stride = stride};
-                multiply(job, &tile);
+                cpu_multiply(job->b, &tile);
             }
         }
     }

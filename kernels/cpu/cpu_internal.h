@@ -66,6 +66,21 @@ static inline int group_rows(const struct row_groups *groups, int group, int tot
     return min_int(groups->rows, total - group * groups->rows);
 }
 
+// Rows packed for a tile, rounded to the backend's dtype; and that tile.
+static inline void cpu_pack(const struct backend *b, void *to, const float *x, size_t stride,
+                            int rows, int k) {
+    (b->dtype == DTYPE_BF16 ? b->kernels->pack_bf16 : b->kernels->pack_f32)(to, x, stride, rows, k);
+}
+
+static inline void cpu_multiply(const struct backend *b, const struct cpu_tile *tile) {
+    (b->dtype == DTYPE_BF16 ? b->kernels->tile_bf16 : b->kernels->tile_f32)(tile);
+}
+
+// 4-byte units of packed x a word of k and a row: bf16 pairs may be packed as two floats.
+static inline size_t cpu_word_units(const struct backend *b) {
+    return b->dtype == DTYPE_BF16 && !b->kernels->packs_pairs ? 2 : 1;
+}
+
 // A base matmul y[T, out] = x[T, in] W^T over panels of 16 columns (cpu_panels.c); who fills this in
 // knows what weights and packed x look like.
 struct panel_job {

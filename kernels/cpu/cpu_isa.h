@@ -100,7 +100,8 @@ struct cpu_kernels {
 
     void (*tile_quant)(const struct cpu_quant_tile *tile, bool four_bits);
     // x -> 16 bits for tile_quant, each row by its own scale[rows]; sums: NULL, or [groups][R].
-    // Groups are of 32, 64 or whole times 128 elements. `to` holds cpu_packed_bytes(). A row with a number that is not finite gets a NaN for its scale.
+    // Groups are of 32, 64 or whole times 128 elements. `to` holds cpu_packed_bytes(). A row with a
+    // number that is not finite gets a NaN for its scale.
     void (*pack_quant)(void *to, float *scales, float *sums, const float *x, size_t stride,
                        int rows, int k, int group_words);
 

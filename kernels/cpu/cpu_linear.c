@@ -108,23 +108,20 @@ void cpu_linear_destroy(struct backend *b, struct linear *linear) {
 struct linear_job {
     struct panel_job panels; // first
     const struct linear *linear;
-    size_t x_words; // 4-byte units of packed x a word of k and a row
 };
 
 static void pack_group(const struct panel_job *panels, int group) {
-    const struct cpu_kernels *kernels = panels->b->kernels;
-    int rows = group_rows(&panels->groups, group, panels->tokens), in = panels->in;
-    (panels->b->dtype == DTYPE_BF16 ? kernels->pack_bf16 : kernels->pack_f32)(
-        group_packed(panels, group), group_input(panels, group), (size_t)in, rows, in);
+    cpu_pack(panels->b, group_packed(panels, group), group_input(panels, group),
+             (size_t)panels->in, group_rows(&panels->groups, group, panels->tokens), panels->in);
 }
 
 static void multiply(const struct panel_job *panels, int group, int panel, int panel_count,
                      int first, int count) {
     const struct linear_job *job = (const struct linear_job *)panels;
     const struct linear *l = job->linear;
-    const struct cpu_kernels *kernels = panels->b->kernels;
     int rows = group_rows(&panels->groups, group, panels->tokens);
-    size_t x_at = (size_t)first * job->x_words * kernels->tile_rows[rows] * sizeof(float);
+    size_t padded = panels->b->kernels->tile_rows[rows];
+    size_t x_at = (size_t)first * cpu_word_units(panels->b) * padded * sizeof(float);
     float edge[TILE_ROWS_MAX * PANEL];
     struct panel_output output = panel_output(panels, group, panel, panel_count, edge);
     struct cpu_tile tile = {
@@ -139,8 +136,7 @@ static void multiply(const struct panel_job *panels, int group, int panel, int p
         .y = output.to,
         .y_stride = output.stride,
     };
-    if (panels->b->dtype == DTYPE_BF16) kernels->tile_bf16(&tile);
-    else kernels->tile_f32(&tile);
+    cpu_multiply(panels->b, &tile);
     panel_finish(panels, &output, panel, rows);
 }
 
@@ -160,8 +156,7 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
                    .words = linear->words, .block = BLOCK_PANELS, .y = y, .x = x, .tokens = tokens,
                    .groups = cpu_row_groups(b->kernels, tokens), .pack = pack_group,
                    .multiply = multiply},
-        .linear = linear,
-        .x_words = b->dtype == DTYPE_BF16 && !b->kernels->packs_pairs ? 2 : 1};
+        .linear = linear};
     struct panel_job *panels = &job.panels;
     panels->packed_bytes = round_up(cpu_packed_bytes(panels->groups.padded, linear->in), 64);
     panels->packed = cpu_scratch(b, SCRATCH_PACKED_X,

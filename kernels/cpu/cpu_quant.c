@@ -2,10 +2,11 @@
 //
 // DESIGN. Weights are rounded to nearest as they are loaded. 8 bits: symmetric, each output row by
 // its largest magnitude. 4 bits: groups along k, each from its least to its largest number; weights
-// that lie on such a grid already, as those of GPTQ and AWQ checkpoints do, stay what they are. x goes to 16 bits, row by row, so that unlike with x in 8 bits no feature is so much
-// larger than the others that they vanish beside it (Dettmers et al., LLM.int8(), 2208.07339, keep
-// such columns in 16 bits for that reason); what is lost is lost in the weights. Sums over a group
-// are exact integers: 256 pairs of 127 x 32767 still fit 31 bits.
+// that lie on such a grid already, as those of GPTQ and AWQ checkpoints do, stay what they are.
+// x goes to 16 bits, row by row, so that unlike with x in 8 bits no feature is so much larger than
+// the others that they vanish beside it (Dettmers et al., LLM.int8(), 2208.07339, keep such columns
+// in 16 bits for that reason); what is lost is lost in the weights. Sums over a group are exact
+// integers: 256 pairs of 127 x 32767 still fit 31 bits.
 //
 // The order is that of cpu_panels.c, whose pieces of k are whole groups of either kind.
 #include "kernels/cpu/cpu_internal.h"
@@ -92,19 +93,24 @@ static int find_group(const float *row, int in) {
     return GROUP_INT4_MAX;
 }
 
+// From the least to the largest of the numbers and zero, in fifteen steps.
+static void fit_range(const float *row, int count, float *scale, float *zero) {
+    float least = 0.0f, most = 0.0f;
+    for (int k = 0; k < count; k++) {
+        least = fminf(least, row[k]);
+        most = fmaxf(most, row[k]);
+    }
+    *scale = (most - least) / 15.0f;
+    *zero = *scale > 0.0f ? rintf(-least / *scale) : 0.0f;
+}
+
 static void round_int4(const struct quant_linear *l, int panel, int column, const float *row) {
     uint8_t *to = l->panel + (size_t)panel * l->panel_bytes + 2 * column;
     for (int g = 0; g < l->groups; g++) {
         int first = g * 2 * l->group_words, end = min_int(first + 2 * l->group_words, l->in);
-        float least = 0.0f, most = 0.0f, scale, zero;
-        for (int k = first; k < end; k++) {
-            least = fminf(least, row[k]);
-            most = fmaxf(most, row[k]);
-        }
-        if (!find_grid(row + first, end - first, &scale, &zero)) {
-            scale = (most - least) / 15.0f;
-            zero = scale > 0.0f ? rintf(-least / scale) : 0.0f;
-        }
+        float scale, zero;
+        if (!find_grid(row + first, end - first, &scale, &zero))
+            fit_range(row + first, end - first, &scale, &zero);
         size_t at = ((size_t)panel * (size_t)l->groups + (size_t)g) * PANEL + (size_t)column;
         l->scales[at] = scale;
         l->zeros[at] = -zero * scale;

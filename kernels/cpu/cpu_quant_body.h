@@ -17,18 +17,6 @@ INLINE vu widen_int8(const uint8_t *w) {
 #endif
 }
 
-INLINE vu widen_uint8(const uint8_t *w) {
-#if VECTOR_WIDTH == 16
-    return (vu)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)w));
-#else
-    typedef uint8_t narrow_row __attribute__((vector_size(2 * VECTOR_WIDTH)));
-    typedef uint16_t wide_row __attribute__((vector_size(4 * VECTOR_WIDTH)));
-    narrow_row row;
-    memcpy(&row, w, sizeof row);
-    return (vu) __builtin_convertvector(row, wide_row);
-#endif
-}
-
 // acc += w . x, pairs of 16-bit numbers.
 INLINE vi quant_multiply(vi acc, vu w, uint32_t pair) {
     vu x = {REPEAT(pair)};
@@ -64,7 +52,7 @@ INLINE void quant_group(const struct cpu_quant_tile *t, vi *acc, int first, int 
             const uint8_t *from = w + (size_t)(c / PANEL_VECTORS) * t->panel_stride +
                                   c % PANEL_VECTORS * 2 * VECTOR_WIDTH;
             if (c % PANEL_VECTORS == 0) __builtin_prefetch(from + 4 * PREFETCH_WORDS / C);
-            both[c] = four ? widen_uint8(from) : widen_int8(from);
+            both[c] = widen_int8(from); // of 4-bit pairs the masks below keep what is wanted
             row[c] = four ? both[c] & nibbles : both[c];
         }
         quant_row_products(acc, row, x, R, N);

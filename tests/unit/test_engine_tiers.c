@@ -142,7 +142,8 @@ static void random_traffic(void **state) {
         size_t host_bytes = image_bytes_of_all() * (size_t)worlds[w].host_share / 100;
         rig_open(&rig, (struct engine_options){.sequences_max = worlds[w].sequences,
                                                .step_tokens_max = worlds[w].step_tokens,
-                                               .speculation = SPECULATION_ALWAYS, .prefix_cache = worlds[w].prefixes,
+                                               .speculation = SPECULATION_ALWAYS,
+                                               .prefix_cache = worlds[w].prefixes,
                                                .preemption = worlds[w].preemption,
                                                .host_bytes = host_bytes,
                                                .load_threads = worlds[w].threads,
@@ -307,7 +308,8 @@ static void hits_are_told_and_kept_apart(void **state) {
     (void)state;
     struct rig rig;
     rig_open(&rig, (struct engine_options){.sequences_max = 4, .step_tokens_max = 64,
-                                           .speculation = SPECULATION_ALWAYS, .prefix_cache = true, .preempt_every = 100000}, 200,
+                                           .speculation = SPECULATION_ALWAYS,
+                                           .prefix_cache = true, .preempt_every = 100000}, 200,
              NULL);
     adapters_open(engine_lora_geometry(rig.engine));
     struct adapter *again = NULL; // the same content under another generation

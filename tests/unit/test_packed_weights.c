@@ -14,7 +14,7 @@
 
 #include <cmocka.h>
 
-enum { IN = 64, OUT = 24, GROUP = 16, GROUPS = IN / GROUP, TENSORS_MAX = 8, DATA_MAX = 1 << 16 };
+enum { IN = 64, OUT = 24, GROUP = 16, GROUPS = IN / GROUP, DATA_MAX = 1 << 16 };
 
 // What the matrix is made of.
 static int number[IN][OUT], zero[GROUPS][OUT], group_of[IN];
