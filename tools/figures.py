@@ -161,6 +161,16 @@ def compare():
             "prompts of 32, outputs of 48 tokens. From\n" + source(name, result) + ".")
 
 
+def file_read():
+    name = "cpu-file-read.json"
+    result = load(name)
+    lines = ["| | page cache, MB/s | from disk, MB/s |", "|---|---:|---:|"]
+    for how in dict.fromkeys(row["how"] for row in result["rows"]):
+        at = {row["where"]: row["mb_per_s"] for row in result["rows"] if row["how"] == how}
+        lines.append(f"| {how} | {at['page cache']:,.0f} | {at['from disk']:,.0f} |")
+    return "\n".join(lines + ["", result["what"] + ". From", source(name, result) + "."])
+
+
 def perplexity():
     name = "cpu-perplexity.json"
     result = load(name)

@@ -1,9 +1,7 @@
 // How fast adapters' files come into host memory: read() by one and by two threads, as the loaders do
-// it, against io_uring with many blocks under way. Not built by default; needs liburing-dev:
+// it, against io_uring with many blocks under way. file_read.py builds and runs it.
 //
-//   cc -O2 -I. bench/disk/file_read.c -luring -lpthread -o /tmp/file_read && /tmp/file_read FOLDER
-//
-// FOLDER gets 96 files of 9 MB, the size of a rank-16 adapter of a 300M model; they are removed at the
+// The folder gets 96 files of 9 MB, the size of a rank-16 adapter of a 300M model; they are removed at the
 // end. As root also without the page cache (drop_caches). Prints MB/s, best of three.
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -3,9 +3,10 @@
 // then what a batch must not change: a row's bits. Shapes are random but the seed is fixed.
 //
 // In bf16 the reference rounds what the backend rounds (weights, pool elements, x of a matmul), so
-// that the tolerances bound accumulation alone.
+// that the tolerances bound accumulation alone (attention's say what else they allow for).
 #include "base/memory.h"
 #include "kernels/backend.h"
+#include "rows_alike.h"
 #if !defined LORAD_EMULATE && !defined LORAD_GPU
 #include "kernels/cpu/cpu_threads.h"
 #endif
@@ -180,17 +181,8 @@ static void test_linear_rows_invariant(void **state) {
         if (!b) continue;
         struct matrix m = matrix_create(b, OUT, IN, DTYPE_F32, setups[s].dtype);
         float *x = random_floats(ROWS * IN);
-        float *alone = random_floats(ROWS * OUT), *batch = random_floats(ROWS * OUT);
-        for (int t = 0; t < ROWS; t++) ops->linear(b, m.linear, alone + t * OUT, x + t * IN, 1);
-        for (int first = 0; first < 3; first++)
-            for (int count = 1; first + count <= ROWS; count += 1 + count / 6) {
-                ops->linear(b, m.linear, batch, x + first * IN, count);
-                assert_memory_equal(batch, alone + first * OUT,
-                                    (size_t)count * OUT * sizeof *batch);
-            }
+        expect_rows_alike(ops, b, m.linear, x, ROWS, OUT, IN);
         free(x);
-        free(alone);
-        free(batch);
         matrix_destroy(b, &m);
         ops->close(b);
     }

@@ -3,15 +3,10 @@
 #include "kernels/backend.h"
 
 #include "base/memory.h"
+#include "rows_alike.h"
 
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdlib.h>
 #include <string.h>
-
-#include <cmocka.h>
 
 static const struct backend_ops *const ops = &backend_cpu;
 static const struct setup {
@@ -172,17 +167,8 @@ static void test_rows_invariant(void **state) {
         if (!b) continue;
         struct matrix m = matrix_create(b, OUT, IN);
         float *x = random_floats(ROWS * IN);
-        float *alone = random_floats(ROWS * OUT), *batch = random_floats(ROWS * OUT);
-        for (int t = 0; t < ROWS; t++) ops->linear(b, m.linear, alone + t * OUT, x + t * IN, 1);
-        for (int first = 0; first < 3; first++)
-            for (int count = 1; first + count <= ROWS; count += 1 + count / 6) {
-                ops->linear(b, m.linear, batch, x + first * IN, count);
-                assert_memory_equal(batch, alone + first * OUT,
-                                    (size_t)count * OUT * sizeof *batch);
-            }
+        expect_rows_alike(ops, b, m.linear, x, ROWS, OUT, IN);
         free(x);
-        free(alone);
-        free(batch);
         matrix_destroy(b, &m);
         ops->close(b);
     }
