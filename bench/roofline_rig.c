@@ -101,7 +101,7 @@ static void weights_make(struct rig *rig) {
 
 static void activations_make(struct rig *rig) {
     const struct rig_shape *s = &rig->shape;
-    size_t T = (size_t)rig->options.tokens_max, H = (size_t)s->hidden, F = (size_t)s->ffn;
+    size_t T = ((size_t)rig->options.tokens_max + STEP_ROUND - 1) / STEP_ROUND * STEP_ROUND, H = (size_t)s->hidden, F = (size_t)s->ffn;
     size_t q = (size_t)s->query_heads * (size_t)s->head_size;
     size_t kv = (size_t)s->kv_heads * (size_t)s->head_size, V = (size_t)s->vocabulary;
     size_t half = (size_t)s->head_size / 2;
@@ -147,6 +147,15 @@ static void adapter_shape(struct rig *rig, struct lora_segment *segment) {
     rig->layer_elems = at;
 }
 
+static size_t page_elems(const struct rig *rig) {
+    return 2 * (size_t)rig->shape.kv_heads * PAGE_TOKENS * (size_t)rig->shape.head_size;
+}
+
+// Pages of an adapter in a layer.
+static int rig_adapter_pages(const struct rig *rig) {
+    return (int)(((size_t)rig->layer_elems + page_elems(rig) - 1) / page_elems(rig));
+}
+
 static int32_t *take_pages(int32_t *next, int count) {
     int32_t *pages = mem_zalloc((size_t)count + 1, sizeof *pages);
     for (int i = 0; i < count; i++) pages[i] = (*next)++;
@@ -156,12 +165,12 @@ static int32_t *take_pages(int32_t *next, int count) {
 static void pool_make(struct rig *rig) {
     const struct rig_shape *s = &rig->shape;
     const struct rig_options *o = &rig->options;
-    size_t elems = 2 * (size_t)s->kv_heads * PAGE_TOKENS * (size_t)s->head_size;
+    size_t elems = page_elems(rig);
     struct lora_segment segment = {0};
     adapter_shape(rig, &segment);
     int tokens = o->prefill ? rig->options.tokens_max : o->context;
     int kv_pages = (tokens + PAGE_TOKENS - 1) / PAGE_TOKENS;
-    int adapter_pages = (int)(((size_t)rig->layer_elems + elems - 1) / elems);
+    int adapter_pages = rig_adapter_pages(rig);
     struct pool_shape shape = {s->layers, rig->sequences * (kv_pages + adapter_pages),
                                s->kv_heads, s->head_size, elems, dtype_bytes(o->dtype)};
     void *pool = block(rig, (size_t)shape.layers * (size_t)shape.page_count * elems,
@@ -200,6 +209,7 @@ void rig_step(struct rig *rig, int tokens) {
                                                  .v_first = i * each, .weight = 1.0f,
                                                  .pages = rig->adapter_pages[i]};
         adapter_shape(rig, &rig->segments[i]);
+        rig->segments[i].page_count = rig_adapter_pages(rig);
         for (int t = 0; t < each; t++) {
             int position = context - each + t;
             rig->positions[i * each + t] = position;
@@ -207,6 +217,11 @@ void rig_step(struct rig *rig, int tokens) {
                 rig->kv_pages[i][position / PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS;
         }
     }
+    rig->step = (struct step){.token_count = tokens, .query_heads = rig->shape.query_heads,
+                              .positions = rig->positions, .slots = rig->slots,
+                              .spans = rig->spans, .span_count = spans,
+                              .segments = rig->segments,
+                              .segment_count = o->rank > 0 ? spans : 0};
 }
 
 bool rig_init(struct rig *rig, const struct rig_options *options) {

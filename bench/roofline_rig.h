@@ -37,6 +37,7 @@ struct rig {
     int32_t *positions, *slots;
     struct attention_span *spans;
     struct lora_segment *segments;
+    struct step step; // of these arrays
     int span_count;
     int32_t **kv_pages, **adapter_pages; // [sequences]
     int sequences;
@@ -46,7 +47,7 @@ struct rig {
 
 // Says on stderr what is wrong and returns false when there is no such model or no memory.
 bool rig_init(struct rig *rig, const struct rig_options *options);
-// Fills spans, segments, positions and slots for a step of `tokens`.
+// Fills spans, segments, positions, slots and `step` for a step of `tokens`.
 void rig_step(struct rig *rig, int tokens);
 
 #endif

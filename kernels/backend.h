@@ -57,7 +57,7 @@ struct attention_span {
     const int32_t *pages;
 };
 
-// One adapter over consecutive tokens of the step. A layer image's element e lies at
+// One adapter over consecutive tokens of the step, in pages[0, page_count). A layer image's element e lies at
 // page pages[e / page_elems], offset e % page_elems, in every layer. A is [r, in]. B, with
 // the scaling folded in, comes in panels of LORA_PANEL columns of y (the last may be narrower), each
 // [r, columns]: both are read from end to end. rank[m] == 0: the adapter has no module m.
@@ -66,9 +66,33 @@ struct lora_segment {
     int32_t v_first; // first row of this segment in the scratch v
     float weight;
     const int32_t *pages;
+    int32_t page_count;
     int32_t rank[LORA_MODULES];
     int64_t a_offset[LORA_MODULES], b_offset[LORA_MODULES];
 };
+
+// What one step computes: a ragged batch of T tokens, sequence behind sequence. Host memory, borrowed
+// from step_begin to step_end. Adapter segments may overlap (mixing).
+struct step {
+    int token_count, query_heads;
+    const int32_t *ids, *positions; // [T]
+    const int32_t *slots;           // [T] page * PAGE_TOKENS + offset
+    const struct attention_span *spans;
+    int span_count;
+    const struct lora_segment *segments; // v_first is filled in by the caller
+    int segment_count;
+    const int32_t *logit_rows; // [logit_count] tokens whose logits are wanted
+    int logit_count;
+    bool repeats; // steps of this shape come again: a backend may record its operations
+};
+
+// Row counts that a step's operations are queued with, at least token_count and logit_count and at
+// most those rounded up to STEP_ROUND: a backend may add rows that nobody reads.
+struct step_rows {
+    int tokens, logits;
+    bool recorded; // nothing is to be queued: step_end runs what an equal step queued
+};
+enum { STEP_ROUND = 16 };
 
 // y[t, 0..out) += weight * B (A x[t, 0..in)) for up to three modules that read the same x.
 struct lora_launch {
@@ -89,6 +113,9 @@ struct lora_launch {
 struct backend_ops {
     const char *name;
     size_t activation_bytes;
+    // What a matmul or lora_shrink reads (y of rms_norm, attention and silu_mul) has the dtype of the
+    // weights, in room for activations.
+    bool narrow_inputs;
     bool computes_on_host; // steps take the processor that everything else runs on
 
     MUST_CHECK enum status (*open)(const struct backend_options *options, struct backend **out,
@@ -126,6 +153,11 @@ struct backend_ops {
     void (*pool_copy)(struct backend *b, int layer, const int32_t *pages, void *image,
                       size_t elems, bool to_host);
 
+    // A step's operations lie between these; the arrays that they are given are the step's. NULL:
+    // the backend needs no bracket. Outside of one, each operation sends the arrays it is given.
+    struct step_rows (*step_begin)(struct backend *b, const struct step *step);
+    void (*step_end)(struct backend *b);
+
     // Packs `out` x `in` weights of type `dtype` (host memory, borrowed for the call).
     MUST_CHECK enum status (*linear_create)(struct backend *b, const void *weights,
                                             enum dtype dtype, int out, int in,
@@ -141,7 +173,8 @@ struct backend_ops {
     // y[T, out] = x[T, in] W^T. y is activations.
     void (*linear)(struct backend *b, const struct linear *weights, void *y, const void *x,
                    int tokens);
-    void (*lora_shrink)(struct backend *b, const struct lora_launch *launch); // v = A x
+    // v = A x. It may run beside what is queued until lora_expand, which must not write x or v.
+    void (*lora_shrink)(struct backend *b, const struct lora_launch *launch);
     void (*lora_expand)(struct backend *b, const struct lora_launch *launch); // y += weight B v
     // qkv [T, (Q + 2K) D]: rotates q and k in place (halves convention: element i pairs with
     // i + D/2), then writes k and v of token t to pool slot slots[t] = page * PAGE_TOKENS + offset.

@@ -56,7 +56,8 @@ static int segment_for(struct builder *builder, const struct adapter *adapter, f
               builder->engine->options.sequences_max * REQUEST_ADAPTERS_MAX);
     struct lora_segment *segment = &segments[builder->segments];
     *segment = (struct lora_segment){
-        .token_first = token_first, .weight = weight, .pages = adapter->pages};
+        .token_first = token_first, .weight = weight, .pages = adapter->pages,
+        .page_count = adapter->page_count};
     for (int module = 0; module < LORA_MODULES; module++) {
         segment->rank[module] = adapter->rank[module];
         segment->a_offset[module] = adapter->a_offset[module];
@@ -147,14 +148,16 @@ void engine_batch_build(struct engine *engine) {
     VERIFY_OP(v_first, <=, builder.tokens * REQUEST_ADAPTERS_MAX);
     batch->drafts = builder.drafts;
     count_adapters(engine, batch, builder.segments);
-    batch->step = (struct model_step){.token_count = builder.tokens,
-                                      .ids = batch->ids,
-                                      .positions = batch->positions,
-                                      .slots = batch->slots,
-                                      .spans = batch->spans,
-                                      .span_count = builder.spans,
-                                      .segments = batch->segments,
-                                      .segment_count = builder.segments,
-                                      .logit_rows = batch->logit_rows,
-                                      .logit_count = builder.rows};
+    batch->step = (struct step){.token_count = builder.tokens,
+                                .query_heads = engine->config.query_heads,
+                                .ids = batch->ids,
+                                .positions = batch->positions,
+                                .slots = batch->slots,
+                                .spans = batch->spans,
+                                .span_count = builder.spans,
+                                .segments = batch->segments,
+                                .segment_count = builder.segments,
+                                .logit_rows = batch->logit_rows,
+                                .logit_count = builder.rows,
+                                .repeats = true};
 }

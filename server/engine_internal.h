@@ -6,7 +6,7 @@
 //   engine_ends.c    who must end now, and who cannot be in time
 //   engine_swap.c    what a preempted sequence keeps
 //   engine_draft.c   guesses of what comes next, checked in the same step
-//   engine_batch.c   the planned sequences as one struct model_step
+//   engine_batch.c   the planned sequences as one struct step
 //   engine_output.c  rows of logits -> tokens -> events; the end of a request
 #ifndef LORAD_SERVER_ENGINE_INTERNAL_H
 #define LORAD_SERVER_ENGINE_INTERNAL_H
@@ -30,7 +30,7 @@ struct engine_batch {
     struct attention_span *spans;     // [sequences_max]
     struct lora_segment *segments;    // [sequences_max * REQUEST_ADAPTERS_MAX]
     int32_t *logit_rows;              // [sequences_max]
-    struct model_step step;
+    struct step step;
     int drafts;   // of its tokens
     int adapters; // distinct ones
     uint64_t adapter_bytes; // of their images

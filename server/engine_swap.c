@@ -23,7 +23,7 @@ static void smooth(double *known, double value) {
 // What the last step tells: one in which everybody decoded, what a decode takes; one whose tokens were
 // mostly of prompts, what one of those does.
 void engine_learn_step(struct engine *engine, double step_s) {
-    const struct model_step *step = &engine->batch.step;
+    const struct step *step = &engine->batch.step;
     int tokens = step->token_count, drafts = engine->batch.drafts;
     if (tokens - drafts == step->span_count)
         smooth(&engine->rates.decode_s, step_s / step->span_count);

@@ -266,6 +266,7 @@ const struct backend_ops backend_cuda_host;
 const struct backend_ops backend_cuda_host = {
     .name = "cuda behind host memory",
     .activation_bytes = sizeof(float),
+    .narrow_inputs = true,
     .open = host_open,
     .close = host_close,
     .health = host_health,

@@ -14,19 +14,10 @@
 enum {
     THREADS = 128,
     WARPS = THREADS / WARP,
-    PART = 256,          // context tokens; the CPU backend's parts
     HEADS_AT_ONCE = 8,   // query heads whose sums a thread keeps in registers
     HEAD_SIZE_MAX = 256,
     SHARED_BYTES_ANY = 48 << 10, // what a launch may have without asking
     SHARED_BYTES_MAX = 96 << 10, // what every card from 8.0 on gives when asked
-};
-
-struct attention_item {
-    int32_t token;   // row of the step
-    int32_t context; // positions it sees
-    int32_t pages;   // where its page table begins
-    int32_t part_first, part_count;
-    int32_t partial; // first of its partial results, in rows of all heads; -1: writes y
 };
 
 struct attention_shape {
@@ -164,31 +155,31 @@ __device__ static inline float *partial_row(float *partials, const attention_sha
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     attention_kernel(paged<T> pool, attention_shape s, const attention_item *items, const int32_t *page_tables,
-                     const float *qkv, float *y, float *partials) {
+                     const float *qkv, T *y, float *partials) {
     shared_state state = shared_carve(s);
     const attention_item work = items[blockIdx.x];
+    if (work.token < 0) return;
     int head = blockIdx.y;
     const int32_t *pages = page_tables + work.pages;
     size_t row = (size_t)work.token * (size_t)(s.Q + 2 * s.K);
     for (int i = threadIdx.x; i < s.G * s.D; i += THREADS)
         state.q[i] = qkv[(row + (size_t)(head * s.G)) * (size_t)s.D + i] * s.scale;
     __syncthreads();
-    for (int part = 0; part < work.part_count; part++) {
-        int first = (work.part_first + part) * PART;
-        int n = work.context - first < PART ? work.context - first : PART;
+    for (int first = work.first; first < work.end; first += PART) {
+        int n = work.end - first < PART ? work.end - first : PART;
         part_scores(s, pool, pages, head, first, n, state);
         __syncthreads();
         part_softmax(s, n, state);
         __syncthreads();
         part_values(s, pool, pages, head, first, n, state);
         __syncthreads();
-        part_merge(s, part == 0, state);
+        part_merge(s, first == work.first, state);
     }
     for (int i = threadIdx.x; i < s.G * s.D; i += THREADS) {
         int g = i / s.D, d = i % s.D, query = head * s.G + g;
         if (work.partial < 0) {
             y[((size_t)work.token * (size_t)s.Q + (size_t)query) * (size_t)s.D + d] =
-                state.out[i] / state.sum_sum[g];
+                from_float<T>(state.out[i] / state.sum_sum[g]);
             continue;
         }
         float *to = partial_row(partials, s, work.partial, query);
@@ -200,77 +191,28 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Grid (split tokens, query heads): `merges` holds for each its token, first partial and their count.
+// Grid (merges, query heads).
+template <typename T>
 __global__ void __launch_bounds__(THREADS)
-    merge_kernel(attention_shape s, const attention_item *merges, float *partials, float *y) {
-    const attention_item work = merges[blockIdx.x];
+    merge_kernel(attention_shape s, const merge_item *merges, float *partials, T *y) {
+    const merge_item work = merges[blockIdx.x];
+    if (work.token < 0) return;
     int head = blockIdx.y;
     const float *first = partial_row(partials, s, work.partial, head);
     for (int d = threadIdx.x; d < s.D; d += THREADS) {
         float top = first[0], sum = first[1], out = first[2 + d];
-        for (int part = 1; part < work.part_count; part++) {
-            const float *next = partial_row(partials, s, work.partial + part, head);
+        for (int part = 1; part < work.parts; part++) {
+            const float *next = partial_row(partials, s, work.partial + part * work.stride, head);
             out = merged(out, top, next[2 + d], next[0]);
             sum = merged(sum, top, next[1], next[0]);
             top = fmaxf(top, next[0]);
         }
-        y[((size_t)work.token * (size_t)s.Q + (size_t)head) * (size_t)s.D + d] = out / sum;
+        y[((size_t)work.token * (size_t)s.Q + (size_t)head) * (size_t)s.D + d] =
+            from_float<T>(out / sum);
     }
 }
 
-// ------------------------------------------------------------------ the launch's metadata
-
-struct attention_prepared {
-    int items, merges, partials; // counts
-    const attention_item *item_list, *merge_list;
-    const int32_t *pages;
-};
-
-static int parts_of(int context) {
-    return (context + PART - 1) / PART;
-}
-
-// A decode that sees more than a part is cut; what a request gets does not depend on its neighbours.
-static bool is_split(const struct attention_span *span) {
-    return span->token_count == 1 && span->context > PART;
-}
-
-static struct attention_prepared prepare(struct backend *b, const struct attention_span *spans,
-                               int span_count) {
-    struct attention_prepared p = {};
-    size_t page_count = 0;
-    for (int i = 0; i < span_count; i++) {
-        p.items += is_split(&spans[i]) ? parts_of(spans[i].context) : spans[i].token_count;
-        p.merges += is_split(&spans[i]);
-        page_count += (size_t)((spans[i].context + PAGE_TOKENS - 1) / PAGE_TOKENS);
-    }
-    size_t item_bytes = (size_t)(p.items + p.merges) * sizeof(attention_item);
-    size_t bytes = item_bytes + page_count * sizeof(int32_t);
-    char *draft = (char *)cuda_draft(b, bytes);
-    attention_item *items = (attention_item *)draft, *merges = items + p.items;
-    int32_t *pages = (int32_t *)(draft + item_bytes), used = 0;
-    for (int i = 0; i < span_count; i++) {
-        const struct attention_span *span = &spans[i];
-        int count = (span->context + PAGE_TOKENS - 1) / PAGE_TOKENS, parts = parts_of(span->context);
-        memcpy(pages + used, span->pages, (size_t)count * sizeof *pages);
-        if (is_split(span)) {
-            *merges++ = {span->token_first, span->context, used, 0, parts, p.partials};
-            for (int part = 0; part < parts; part++)
-                *items++ = {span->token_first, span->context, used, part, 1, p.partials++};
-        } else {
-            for (int t = 0; t < span->token_count; t++) {
-                int context = span->context - span->token_count + t + 1;
-                *items++ = {span->token_first + t, context, used, 0, parts_of(context), -1};
-            }
-        }
-        used += count;
-    }
-    const char *meta = (const char *)cuda_meta(b, META_ATTENTION, draft, bytes);
-    p.item_list = (const attention_item *)meta;
-    p.merge_list = p.item_list + p.items;
-    p.pages = (const int32_t *)(meta + item_bytes);
-    return p;
-}
+// ------------------------------------------------------------------ the launch
 
 // Asks for more shared memory than a launch has by default.
 template <typename T> static void shared_allow(struct backend *b, size_t bytes) {
@@ -280,6 +222,21 @@ template <typename T> static void shared_allow(struct backend *b, size_t bytes) 
                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            (int)bytes), "shared memory of attention");
 #endif
+}
+
+template <typename T>
+static void launch(struct backend *b, int layer, const attention_shape &s,
+                   const struct device_step *step, void *y, const void *qkv, float *partials) {
+    int items = step->counts.narrow_items + step->counts.wide_items;
+    if (items == 0) return;
+    size_t shared = shared_floats(s) * sizeof(float);
+    shared_allow<T>(b, shared);
+    CUDA_LAUNCH(attention_kernel<T>, dim3((unsigned)items, (unsigned)s.K), dim3(THREADS), shared,
+                b->stream, cuda_layer<T>(b, layer), s, step->items, step->kv_pages,
+                (const float *)qkv, (T *)y, partials);
+    if (step->counts.merges > 0)
+        CUDA_LAUNCH(merge_kernel<T>, dim3((unsigned)step->counts.merges, (unsigned)s.Q),
+                    dim3(THREADS), 0, b->stream, s, step->merges, partials, (T *)y);
 }
 
 enum status cuda_check_heads(int query_heads, int kv_heads, int head_size, struct error *err) {
@@ -303,24 +260,15 @@ void cuda_attention(struct backend *b, int layer, void *y, const void *qkv,
     s.G = s.Q / s.K;
     s.scale = 1.0f / sqrtf((float)s.D);
     while (s.lanes * EIGHT < s.D) s.lanes *= 2;
-    size_t shared = shared_floats(s) * sizeof(float);
-    VERIFY_OP(shared, <=, SHARED_BYTES_MAX);
-    struct attention_prepared p = prepare(b, spans, span_count);
-    if (p.items == 0) return;
+    VERIFY_OP(shared_floats(s) * sizeof(float), <=, SHARED_BYTES_MAX);
+    struct step wanted = {};
+    wanted.spans = spans;
+    wanted.span_count = span_count;
+    wanted.query_heads = query_heads;
+    const struct device_step *step = cuda_step(b, &wanted);
     float *partials = (float *)cuda_scratch(
-        b, SCRATCH_PARTIALS, ((size_t)p.partials * (size_t)s.Q * (size_t)(s.D + 2) + 1) *
+        b, SCRATCH_PARTIALS, ((size_t)step->counts.partials * (size_t)s.Q * (size_t)(s.D + 2) + 1) *
                                  sizeof(float));
-    dim3 grid((unsigned)p.items, (unsigned)s.K), block(THREADS);
-    b->dtype == DTYPE_BF16 ? shared_allow<bf16>(b, shared) : shared_allow<float>(b, shared);
-    if (b->dtype == DTYPE_BF16)
-        CUDA_LAUNCH(attention_kernel<bf16>, grid, block, shared, b->stream,
-                    cuda_layer<bf16>(b, layer), s, p.item_list, p.pages, (const float *)qkv,
-                    (float *)y, partials);
-    else
-        CUDA_LAUNCH(attention_kernel<float>, grid, block, shared, b->stream,
-                    cuda_layer<float>(b, layer), s, p.item_list, p.pages, (const float *)qkv,
-                    (float *)y, partials);
-    if (p.merges > 0)
-        CUDA_LAUNCH(merge_kernel, dim3((unsigned)p.merges, (unsigned)s.Q), block, 0, b->stream, s,
-                    p.merge_list, partials, (float *)y);
+    auto run = b->dtype == DTYPE_BF16 ? launch<bf16> : launch<float>;
+    run(b, layer, s, step, y, qkv, partials);
 }

@@ -1,5 +1,6 @@
-// The CUDA backend: opening a device, its memory, metadata, and the table of operations. Engine
-// thread alone, one stream: operations run in the order in which they are queued.
+// The CUDA backend: opening a device, its memory, and the table of operations. Engine thread alone:
+// operations run in the order in which they are queued. Three streams: the operations', the adapters'
+// copies, and (LORAD_CUDA_OVERLAP=1) lora_shrink's beside the base matmul, by events in between.
 //
 // It refuses cards below compute capability 8.0 (no bf16). A device error is for good: it is logged
 // once, `health` says no, and the engine ends everybody.
@@ -67,32 +68,9 @@ void cuda_grow(struct backend *b, cudaStream_t stream, struct cuda_buffer *buffe
 }
 
 void *cuda_scratch(struct backend *b, enum cuda_scratch area, size_t bytes) {
+    if (b->scratch[area].bytes < bytes) cuda_recordings_drop(b); // they know where it lies
     cuda_grow(b, b->stream, &b->scratch[area], bytes);
     return b->scratch[area].memory;
-}
-
-static void host_grow(struct cuda_buffer *buffer, size_t bytes) {
-    if (buffer->bytes >= bytes) return;
-    buffer->bytes = bytes + bytes / 2 + 4096;
-    buffer->memory = mem_realloc(buffer->memory, buffer->bytes);
-}
-
-void *cuda_draft(struct backend *b, size_t bytes) {
-    host_grow(&b->draft, bytes);
-    return b->draft.memory;
-}
-
-const void *cuda_meta(struct backend *b, enum cuda_meta kind, const void *data, size_t bytes) {
-    auto *meta = &b->meta[kind];
-    if (meta->bytes == bytes && bytes > 0 && memcmp(meta->host.memory, data, bytes) == 0)
-        return meta->device.memory;
-    host_grow(&meta->host, bytes + 1);
-    cuda_grow(b, b->stream, &meta->device, bytes + 1);
-    memcpy(meta->host.memory, data, bytes);
-    meta->bytes = bytes;
-    // From pageable memory: the call returns when the bytes have been taken.
-    upload(b, meta->device.memory, meta->host.memory, bytes);
-    return meta->device.memory;
 }
 
 static void pool_attach(struct backend *b, void *pool, const struct pool_shape *shape) {
@@ -100,6 +78,7 @@ static void pool_attach(struct backend *b, void *pool, const struct pool_shape *
     VERIFY_OP(shape->page_elems, ==, 2 * shape->kv_heads * PAGE_TOKENS * shape->head_size);
     VERIFY_OP(shape->page_elems % EIGHT, ==, 0);
     synchronize(b); // the pool is zeroed before the first copy on the other stream
+    cuda_recordings_drop(b);
     b->pool = pool;
     b->shape = *shape;
 }
@@ -108,18 +87,14 @@ static void pool_attach(struct backend *b, void *pool, const struct pool_shape *
 
 #ifdef LORAD_EMULATE
 
-static enum status device_open(struct backend *b, struct error *err) {
-    (void)b, (void)err;
+static enum status device_choose(struct error *err) {
+    (void)err;
     return STATUS_OK;
-}
-
-static void device_close(struct backend *b) {
-    (void)b;
 }
 
 #else
 
-static enum status device_open(struct backend *b, struct error *err) {
+static enum status device_choose(struct error *err) {
     int count = 0, driver = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)
@@ -142,8 +117,6 @@ static enum status device_open(struct backend *b, struct error *err) {
                          "newer); use --device cpu", properties.name, properties.major,
                          properties.minor);
     if (error == cudaSuccess) error = cudaSetDevice(0);
-    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking);
-    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&b->copies, cudaStreamNonBlocking);
     if (error != cudaSuccess)
         return error_set(err, STATUS_DEVICE, "the CUDA device does not open: %s",
                          cudaGetErrorString(error));
@@ -152,26 +125,45 @@ static enum status device_open(struct backend *b, struct error *err) {
     return STATUS_OK;
 }
 
-static void device_close(struct backend *b) {
-    if (b->stream) cudaStreamDestroy(b->stream);
-    if (b->copies) cudaStreamDestroy(b->copies);
+#endif
+
+// An environment variable that is 1, or 0; neither: `otherwise`.
+static bool is_on(const char *variable, bool otherwise) {
+    const char *value = getenv(variable);
+    return value && *value ? strcmp(value, "0") != 0 : otherwise;
 }
 
-#endif
+static enum status streams_open(struct backend *b, struct error *err) {
+    cudaError_t error = cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&b->copies, cudaStreamNonBlocking);
+    if (error == cudaSuccess && is_on("LORAD_CUDA_OVERLAP", false))
+        error = cudaStreamCreateWithFlags(&b->side, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&b->fork, cudaEventDisableTiming);
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(&b->join, cudaEventDisableTiming);
+    if (error == cudaSuccess) return STATUS_OK;
+    return error_set(err, STATUS_DEVICE, "the CUDA device makes no stream: %s",
+                     cudaGetErrorString(error));
+}
+
+static void streams_close(struct backend *b) {
+    if (b->stream) cudaStreamDestroy(b->stream);
+    if (b->copies) cudaStreamDestroy(b->copies);
+    if (b->side) cudaStreamDestroy(b->side);
+    if (b->fork) cudaEventDestroy(b->fork);
+    if (b->join) cudaEventDestroy(b->join);
+}
 
 static void backend_close(struct backend *b) {
     if (!b) return;
     if (b->matmul) synchronize(b); // else it never opened
     cuda_matmul_close(b);
     for (int i = 0; i < SCRATCH_KINDS; i++) cudaFree(b->scratch[i].memory);
-    for (int i = 0; i < META_KINDS; i++) {
-        cudaFree(b->meta[i].device.memory);
-        free(b->meta[i].host.memory);
-    }
+    cuda_recordings_drop(b);
+    cudaFreeHost(b->step_host.memory);
+    cudaFree(b->step_device.memory);
     cudaFree(b->copy_image.memory);
     cudaFree(b->copy_pages.memory);
-    free(b->draft.memory);
-    device_close(b);
+    streams_close(b);
     free(b);
 }
 
@@ -187,7 +179,9 @@ static enum status backend_open(const struct backend_options *options, struct ba
                          "quantised ones are computed on the CPU alone (--device cpu)");
     struct backend *b = (struct backend *)mem_zalloc(1, sizeof *b);
     b->dtype = options->dtype;
-    enum status status = device_open(b, err);
+    b->records = is_on("LORAD_CUDA_GRAPHS", true);
+    enum status status = device_choose(err);
+    if (status == STATUS_OK) status = streams_open(b, err);
     if (status == STATUS_OK) status = cuda_matmul_open(b, err);
     if (status != STATUS_OK) {
         backend_close(b);
@@ -214,6 +208,7 @@ extern "C" {
 extern const struct backend_ops backend_cuda = {
     .name = "cuda",
     .activation_bytes = sizeof(float),
+    .narrow_inputs = true,
     .computes_on_host = false,
     .open = backend_open,
     .close = backend_close,
@@ -231,6 +226,8 @@ extern const struct backend_ops backend_cuda = {
     .pool_write = cuda_pool_write,
     .pool_written = cuda_pool_written,
     .pool_copy = cuda_pool_copy,
+    .step_begin = cuda_step_begin,
+    .step_end = cuda_step_end,
     .linear_create = cuda_linear_create,
     .linear_destroy = cuda_linear_destroy,
     .embed = cuda_embed,

@@ -1,8 +1,8 @@
 // What the files of the CUDA backend share: the open backend, its scratch and metadata, and the
 // operations that cuda_backend.cu puts into the table. Nobody outside kernels/cuda includes this.
 //
-// Activations are f32. Weights and pool elements are bf16 or f32; a matmul of bf16 reads x rounded
-// to bf16, as the CPU backend does, so that the two agree but for the order of sums.
+// Activations are f32, but for what a matmul reads, which has the type of the weights and the pool,
+// bf16 or f32: the CPU backend rounds the same, so that the two agree but for the order of sums.
 #ifndef LORAD_KERNELS_CUDA_INTERNAL_CUH
 #define LORAD_KERNELS_CUDA_INTERNAL_CUH
 
@@ -20,36 +20,106 @@ extern "C" {
 #include <stdlib.h>
 #include <string.h>
 
-// Small arrays of a step that kernels read. Each kind has one place in device memory.
-enum cuda_meta {
-    META_IDS, META_POSITIONS, META_SLOTS, META_ROWS, META_ATTENTION, META_PAGES,
-    META_LORA_QKV, META_LORA_O, META_LORA_GATE_UP, META_LORA_DOWN, META_KINDS
-};
-
 // Device scratch grows to the largest step seen and stays; each area has one user at a time.
-enum cuda_scratch { SCRATCH_X, SCRATCH_SWAP, SCRATCH_PARTIALS, SCRATCH_WORKSPACE, SCRATCH_KINDS };
+enum cuda_scratch {
+    SCRATCH_SWAP, SCRATCH_SWAP_PAGES, SCRATCH_PARTIALS, SCRATCH_WORKSPACE, SCRATCH_V, SCRATCH_KINDS
+};
 
 struct cuda_buffer {
     void *memory;
     size_t bytes;
 };
 
+// ------------------------------------------------------------------ a step's metadata
+
+// Tokens of one span that a block of attention works on, for one kv head and its query heads.
+struct attention_item {
+    int32_t token, count; // rows of the step; token -1: nothing to do
+    int32_t context;      // positions that the last of them sees
+    int32_t pages;        // where its page table begins
+    int32_t first, end;   // positions that the item walks; first is a multiple of PART
+    int32_t partial;      // first of its partial results, in rows of all heads; -1: writes y
+};
+
+// A token whose context was cut: its partial results stand `stride` rows apart.
+struct merge_item {
+    int32_t token, partial, stride, parts;
+};
+
+// A segment as kernels see it.
+struct device_segment {
+    int32_t token_first, v_first, pages_first;
+    float weight;
+    struct {
+        int32_t rank; // 0: none
+        uint32_t a, b; // first elements
+    } module[LORA_MODULES];
+};
+
+struct lora_item {
+    int32_t segment; // -1: nothing to do
+    int32_t first, count; // tokens, counted from the segment's first
+};
+
+enum {
+    PART = 256,       // positions: contexts of decodes are cut at its multiples
+    NARROW_ROWS = 16, // rows of (token, query head) of an item that is cut into parts
+    WIDE_ROWS = 64,   // and of one that is not
+    WAVES_MAX = 64,   // segments over one token; a request mixes at most a few
+};
+
+// What decides how a step's metadata lies and how its kernels are launched. Steps with equal counts
+// share a recording, so that those of a recorded step are rounded up; the surplus is filled with
+// entries that say so.
+struct step_counts {
+    int32_t tokens, logits;
+    int32_t narrow_items, wide_items, merges, partials, kv_pages;
+    int32_t segments, lora_items, lora_pages, rank_max, v_rows;
+    int32_t lora_tile; // tokens of an item
+};
+
+// The step whose operations are queued: arrays in device memory.
+struct device_step {
+    struct step source; // borrowed
+    struct step_counts counts;
+    const int32_t *ids, *positions, *slots, *logit_rows;
+    const attention_item *items; // narrow ones, then wide ones
+    const merge_item *merges;
+    const int32_t *kv_pages;
+    const device_segment *segments;
+    const lora_item *lora_items; // wave by wave
+    const int32_t *lora_pages;
+    int waves, wave_first[WAVES_MAX + 1];
+};
+
+enum { RECORDINGS_MAX = 64, RECORDED_TOKENS_MAX = 256, RECORDED_SPAN_MAX = 8 };
+
+struct recording {
+    struct step_counts counts;
+    cudaGraphExec_t graph; // NULL: such a step was seen once
+    uint64_t used;         // 0: a free place
+};
+
 struct backend {
     enum dtype dtype;
     cudaStream_t stream;
     cudaStream_t copies; // of adapters; its own buffers, for one loader at a time
+    cudaStream_t side;   // lora_shrink beside the base matmul; NULL: on the main stream
+    cudaEvent_t fork, join;
     struct cuda_buffer copy_image, copy_pages;
     std::atomic<bool> failed; // a device error: for good
     struct pool_shape shape;
     void *pool;
     struct cuda_buffer scratch[SCRATCH_KINDS];
-    struct {
-        struct cuda_buffer device;
-        struct cuda_buffer host; // what is on the device, to tell whether it must be sent again
-        size_t bytes;
-    } meta[META_KINDS];
-    struct cuda_buffer draft; // host: where metadata is put together
-    void *matmul;             // cuda_linear.cu's handle
+    struct device_step step;
+    bool in_step;                  // between step_begin and step_end
+    struct cuda_buffer step_host;  // page-locked: the step's metadata put together
+    struct cuda_buffer step_device;
+    bool records; // recordings are made at all
+    enum { STEP_QUEUED, STEP_RECORDING, STEP_REPLAYED } mode;
+    struct recording recordings[RECORDINGS_MAX], *recorded; // recorded: of this step
+    uint64_t step_number;
+    void *matmul; // cuda_linear.cu's handle
 };
 
 // Remembers and logs the first error of the device; every later one is its consequence.
@@ -59,11 +129,24 @@ void cuda_check(struct backend *b, cudaError_t error, const char *what);
 void *cuda_scratch(struct backend *b, enum cuda_scratch area, size_t bytes);
 // The same for a buffer whose readers are queued on `stream`.
 void cuda_grow(struct backend *b, cudaStream_t stream, struct cuda_buffer *buffer, size_t bytes);
-// Puts `bytes` of host memory where kernels queued from now on can read them. Sends nothing when
-// the same is there already, as it is for every layer of a step but the first.
-const void *cuda_meta(struct backend *b, enum cuda_meta kind, const void *data, size_t bytes);
-// Host memory to put metadata together in; valid until the next call.
-void *cuda_draft(struct backend *b, size_t bytes);
+
+// step.cu
+struct step_rows cuda_step_begin(struct backend *b, const struct step *step);
+void cuda_step_end(struct backend *b);
+// The step whose arrays those of `wanted` are; outside of a bracket, one of them alone.
+const struct device_step *cuda_step(struct backend *b, const struct step *wanted);
+// Device memory that recordings know has moved, or the pool is another: they are no longer good.
+void cuda_recordings_drop(struct backend *b);
+// step_plan.cu: counts and fills the metadata.
+struct step_counts cuda_step_count(const struct backend *b, const struct step *step);
+void cuda_step_fill(const struct backend *b, struct device_step *step, void *host, void *device);
+size_t cuda_step_bytes(const struct step_counts *counts);
+
+// Whether tensor cores compute attention of this head size and LoRA of these widths.
+static inline bool cuda_has_tiles(const struct backend *b) {
+    (void)b;
+    return false;
+}
 
 template <typename T> paged<T> cuda_layer(const struct backend *b, int layer) {
     size_t first = (size_t)layer * (size_t)b->shape.page_count * b->shape.page_elems;
@@ -99,9 +182,6 @@ void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const v
 void cuda_pool_written(struct backend *b);
 void cuda_pool_copy(struct backend *b, int layer, const int32_t *pages, void *image, size_t elems,
                     bool to_host);
-// x -> bf16, for the base matmul.
-void cuda_narrow(struct backend *b, bf16 *to, const float *from, size_t count);
-
 // lora.cu, attention.cu
 void cuda_lora_shrink(struct backend *b, const struct lora_launch *launch);
 void cuda_lora_expand(struct backend *b, const struct lora_launch *launch);

@@ -1,5 +1,5 @@
 // Base matmuls: y[T, out] = x[T, in] W^T by cuBLASLt, sums in f32. Weights lie in device memory as they
-// came, [out, in] in the backend's type; x is rounded to bf16 once a call where weights are bf16.
+// came, [out, in] in the backend's type; x has it too.
 //
 // cuBLASLt counts columns first: W is its [in, out] matrix, transposed; x is [in, T]; y is [out, T].
 // The algorithm for a (out, in, T) is asked for once and kept with the weights.
@@ -68,13 +68,13 @@ void cuda_matmul_close(struct backend *b) {
 }
 
 template <typename T>
-__global__ void linear_kernel(float *y, const T *weights, const float *x, int out, int in) {
+__global__ void linear_kernel(float *y, const T *weights, const T *x, int out, int in) {
     int column = blockIdx.x * blockDim.x + threadIdx.x;
     if (column >= out) return;
     const T *w = weights + (size_t)column * (size_t)in;
-    const float *row = x + (size_t)blockIdx.y * (size_t)in;
+    const T *row = x + (size_t)blockIdx.y * (size_t)in;
     float sum = 0.0f;
-    for (int i = 0; i < in; i++) sum += to_float(w[i]) * rounded<T>(row[i]);
+    for (int i = 0; i < in; i++) sum += to_float(w[i]) * to_float(row[i]);
     y[(size_t)blockIdx.y * (size_t)out + column] = sum;
 }
 
@@ -83,7 +83,7 @@ void cuda_linear(struct backend *b, const struct linear *l, void *y, const void 
     dim3 grid(cuda_blocks((size_t)l->out, WARP), (unsigned)tokens), block(WARP);
     if (b->dtype == DTYPE_BF16)
         CUDA_LAUNCH(linear_kernel<bf16>, grid, block, 0, b->stream, (float *)y,
-                    (const bf16 *)l->weights, (const float *)x, l->out, l->in);
+                    (const bf16 *)l->weights, (const bf16 *)x, l->out, l->in);
     else
         CUDA_LAUNCH(linear_kernel<float>, grid, block, 0, b->stream, (float *)y,
                     (const float *)l->weights, (const float *)x, l->out, l->in);
@@ -162,13 +162,6 @@ void cuda_linear(struct backend *b, const struct linear *linear, void *y, const 
                  int tokens) {
     if (tokens == 0) return;
     struct linear *l = const_cast<struct linear *>(linear); // remembers algorithms
-    const void *input = x;
-    if (b->dtype == DTYPE_BF16) {
-        size_t count = (size_t)tokens * (size_t)l->in;
-        bf16 *narrow = (bf16 *)cuda_scratch(b, SCRATCH_X, count * sizeof(bf16));
-        cuda_narrow(b, narrow, (const float *)x, count);
-        input = narrow;
-    }
     struct matmul m;
     matmul_describe(b, &m, l->out, l->in, tokens);
     auto *kept = &l->kept[tokens % linear::KEPT];
@@ -176,7 +169,7 @@ void cuda_linear(struct backend *b, const struct linear *linear, void *y, const 
         float one = 1.0f, zero = 0.0f;
         void *workspace = cuda_scratch(b, SCRATCH_WORKSPACE, WORKSPACE_BYTES);
         cublas_check(b, cublasLtMatmul((cublasLtHandle_t)b->matmul, m.operation, &one, l->weights,
-                                       m.w, input, m.x, &zero, y, m.y, y, m.y, &kept->algorithm,
+                                       m.w, x, m.x, &zero, y, m.y, y, m.y, &kept->algorithm,
                                        workspace, WORKSPACE_BYTES, b->stream));
     } else {
         cuda_check(b, cudaErrorUnknown, "no cuBLASLt algorithm for a matmul");

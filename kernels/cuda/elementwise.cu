@@ -8,7 +8,7 @@ __device__ static inline size_t flat_index() {
     return (size_t)blockIdx.x * blockDim.x + threadIdx.x;
 }
 
-// ------------------------------------------------------------------ embed, gather, narrow
+// ------------------------------------------------------------------ embed, gather
 
 template <typename T>
 __global__ void embed_kernel(float *y, const T *table, const int32_t *ids, int hidden,
@@ -21,8 +21,10 @@ __global__ void embed_kernel(float *y, const T *table, const int32_t *ids, int h
 
 void cuda_embed(struct backend *b, void *y, const void *table, enum dtype dtype, const int32_t *ids,
                 int tokens, int hidden) {
-    const int32_t *on_device =
-        (const int32_t *)cuda_meta(b, META_IDS, ids, (size_t)tokens * sizeof *ids);
+    struct step wanted = {};
+    wanted.ids = ids;
+    wanted.token_count = tokens;
+    const int32_t *on_device = cuda_step(b, &wanted)->ids;
     size_t count = (size_t)tokens * (size_t)hidden;
     dim3 grid(cuda_blocks(count, FLAT_THREADS)), block(FLAT_THREADS);
     float *to = (float *)y;
@@ -46,21 +48,13 @@ __global__ void gather_kernel(float *y, const float *x, const int32_t *rows, int
 
 void cuda_gather_rows(struct backend *b, void *y, const void *x, const int32_t *rows, int count,
                       int hidden) {
-    const int32_t *on_device =
-        (const int32_t *)cuda_meta(b, META_ROWS, rows, (size_t)count * sizeof *rows);
+    struct step wanted = {};
+    wanted.logit_rows = rows;
+    wanted.logit_count = count;
+    const int32_t *on_device = cuda_step(b, &wanted)->logit_rows;
     size_t elements = (size_t)count * (size_t)hidden;
     CUDA_LAUNCH(gather_kernel, dim3(cuda_blocks(elements, FLAT_THREADS)), dim3(FLAT_THREADS), 0,
                 b->stream, (float *)y, (const float *)x, on_device, hidden, elements);
-}
-
-__global__ void narrow_kernel(bf16 *to, const float *from, size_t count) {
-    size_t i = flat_index();
-    if (i < count) to[i] = from_float<bf16>(from[i]);
-}
-
-void cuda_narrow(struct backend *b, bf16 *to, const float *from, size_t count) {
-    CUDA_LAUNCH(narrow_kernel, dim3(cuda_blocks(count, FLAT_THREADS)), dim3(FLAT_THREADS), 0,
-                b->stream, to, from, count);
 }
 
 // ------------------------------------------------------------------ rms_norm, silu
@@ -76,8 +70,9 @@ __device__ static inline float block_sum(float value) {
     return sum;
 }
 
+template <typename T>
 __global__ void __launch_bounds__(ROW_THREADS)
-    rms_norm_kernel(float *y, float *x, const float *residual, const float *gain, float epsilon,
+    rms_norm_kernel(T *y, float *x, const float *residual, const float *gain, float epsilon,
                     int hidden) {
     size_t row = (size_t)blockIdx.x * (size_t)hidden;
     float squares = 0.0f;
@@ -88,28 +83,42 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)hidden + epsilon);
     for (int i = threadIdx.x; i < hidden; i += ROW_THREADS)
-        y[row + i] = x[row + i] * scale * gain[i];
+        y[row + i] = from_float<T>(x[row + i] * scale * gain[i]);
+}
+
+template <typename T>
+static void rms_norm(struct backend *b, void *y, void *x, const void *residual, const float *gain,
+                     float epsilon, int tokens, int hidden) {
+    CUDA_LAUNCH(rms_norm_kernel<T>, dim3((unsigned)tokens), dim3(ROW_THREADS),
+                ROW_THREADS / WARP * sizeof(float), b->stream, (T *)y, (float *)x,
+                (const float *)residual, gain, epsilon, hidden);
 }
 
 void cuda_rms_norm(struct backend *b, void *y, void *x, const void *residual, const float *gain,
                    float epsilon, int tokens, int hidden) {
-    CUDA_LAUNCH(rms_norm_kernel, dim3((unsigned)tokens), dim3(ROW_THREADS),
-                ROW_THREADS / WARP * sizeof(float), b->stream, (float *)y, (float *)x, (const float *)residual, gain, epsilon, hidden);
+    auto run = b->dtype == DTYPE_BF16 ? rms_norm<bf16> : rms_norm<float>;
+    run(b, y, x, residual, gain, epsilon, tokens, hidden);
 }
 
-__global__ void silu_kernel(float *y, const float *gate_up, int ffn, size_t count) {
+template <typename T>
+__global__ void silu_kernel(T *y, const float *gate_up, int ffn, size_t count) {
     size_t i = flat_index();
     if (i >= count) return;
     size_t row = i / (size_t)ffn, column = i % (size_t)ffn;
     float gate = gate_up[row * 2 * (size_t)ffn + column];
     float up = gate_up[row * 2 * (size_t)ffn + (size_t)ffn + column];
-    y[i] = gate / (1.0f + expf(-gate)) * up;
+    y[i] = from_float<T>(gate / (1.0f + expf(-gate)) * up);
 }
 
 void cuda_silu_mul(struct backend *b, void *y, const void *gate_up, int tokens, int ffn) {
     size_t count = (size_t)tokens * (size_t)ffn;
-    CUDA_LAUNCH(silu_kernel, dim3(cuda_blocks(count, FLAT_THREADS)), dim3(FLAT_THREADS), 0,
-                b->stream, (float *)y, (const float *)gate_up, ffn, count);
+    dim3 grid(cuda_blocks(count, FLAT_THREADS)), block(FLAT_THREADS);
+    if (b->dtype == DTYPE_BF16)
+        CUDA_LAUNCH(silu_kernel<bf16>, grid, block, 0, b->stream, (bf16 *)y, (const float *)gate_up,
+                    ffn, count);
+    else
+        CUDA_LAUNCH(silu_kernel<float>, grid, block, 0, b->stream, (float *)y,
+                    (const float *)gate_up, ffn, count);
 }
 
 // ------------------------------------------------------------------ RoPE and the KV write
@@ -135,7 +144,7 @@ __global__ void rope_kernel(paged<T> pool, float *qkv, const float *cosines, con
             at[i] = first;
             at[i + half] = second;
         }
-        if (head >= Q) {
+        if (head >= Q && slot >= 0) {
             cache[i] = from_float<T>(first);
             cache[i + half] = from_float<T>(second);
         }
@@ -145,9 +154,12 @@ __global__ void rope_kernel(paged<T> pool, float *qkv, const float *cosines, con
 void cuda_rope_and_kv_write(struct backend *b, int layer, void *qkv, const float *cosines,
                             const float *sines, const int32_t *positions, const int32_t *slots,
                             int tokens, int query_heads) {
-    size_t bytes = (size_t)tokens * sizeof *slots;
-    const int32_t *at = (const int32_t *)cuda_meta(b, META_POSITIONS, positions, bytes);
-    const int32_t *to = (const int32_t *)cuda_meta(b, META_SLOTS, slots, bytes);
+    struct step wanted = {};
+    wanted.positions = positions;
+    wanted.slots = slots;
+    wanted.token_count = tokens;
+    const struct device_step *step = cuda_step(b, &wanted);
+    const int32_t *at = step->positions, *to = step->slots;
     int K = b->shape.kv_heads, D = b->shape.head_size;
     dim3 grid((unsigned)tokens, (unsigned)(query_heads + 2 * K));
     dim3 block(cuda_blocks((size_t)(D / 2), WARP) * WARP);
@@ -217,7 +229,9 @@ void cuda_pool_copy(struct backend *b, int layer, const int32_t *pages, void *im
                     bool to_host) {
     if (elems == 0) return;
     size_t bytes = elems * b->shape.elem_bytes;
-    const int32_t *table = (const int32_t *)cuda_meta(b, META_PAGES, pages, table_bytes(b, elems));
+    int32_t *table = (int32_t *)cuda_scratch(b, SCRATCH_SWAP_PAGES, table_bytes(b, elems));
+    cuda_check(b, cudaMemcpyAsync(table, pages, table_bytes(b, elems), cudaMemcpyHostToDevice,
+                                  b->stream), "copy of a page table");
     void *staged = cuda_scratch(b, SCRATCH_SWAP, bytes);
     if (!to_host)
         cuda_check(b, cudaMemcpyAsync(staged, image, bytes, cudaMemcpyHostToDevice, b->stream),

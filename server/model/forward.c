@@ -32,10 +32,11 @@ static void *columns(const struct model *m, void *rows, int first) {
     return (char *)rows + (size_t)first * m->ops->activation_bytes;
 }
 
-// targets' y [T, out] += B (A x [T, in]), for each adapter segment of the step.
-static void lora_add(struct model *m, const struct model_step *step, int layer, const void *x,
-                     int in, int target_count, const struct lora_target *targets) {
-    if (step->segment_count == 0) return;
+// targets' y [T, out] += B (A x [T, in]), for each adapter segment of the step: A x before the base
+// matmul of x, the rest behind it.
+static struct lora_launch lora_begin(struct model *m, const struct step *step, int layer,
+                                     const void *x, int in, int target_count,
+                                     const struct lora_target *targets) {
     struct lora_launch launch = {
         .layer = layer, .x = x, .in = in, .target_count = target_count,
         .segments = step->segments, .segment_count = step->segment_count, .v = m->v};
@@ -45,53 +46,66 @@ static void lora_add(struct model *m, const struct model_step *step, int layer, 
         launch.target[i].out = targets[i].out;
         launch.target[i].stride = targets[i].stride;
     }
-    m->ops->lora_shrink(m->backend, &launch);
-    m->ops->lora_expand(m->backend, &launch);
+    if (step->segment_count > 0) m->ops->lora_shrink(m->backend, &launch);
+    return launch;
+}
+
+static void lora_end(struct model *m, const struct lora_launch *launch) {
+    if (launch->segment_count > 0) m->ops->lora_expand(m->backend, launch);
 }
 
 // ------------------------------------------------------------------ the forward pass
 
 // delta = attention(normed): [T, H] -> [T, H], K and V going to the pool on the way.
-static void attention_block(struct model *m, const struct model_step *step, int layer) {
+static void attention_block(struct model *m, const struct step *step, int T, int layer) {
     const struct backend_ops *ops = m->ops;
     const struct model_config *c = &m->config;
     const struct layer_weights *w = &m->weights.layers[layer];
-    int T = step->token_count, H = c->hidden;
+    int H = c->hidden;
     int q = c->query_heads * c->head_size, kv = c->kv_heads * c->head_size;
     int stride = q + 2 * kv;
 
+    struct lora_launch lora =
+        lora_begin(m, step, layer, m->normed, H, 3,
+                   (struct lora_target[]){{LORA_Q, m->qkv, q, stride},
+                                          {LORA_K, columns(m, m->qkv, q), kv, stride},
+                                          {LORA_V, columns(m, m->qkv, q + kv), kv, stride}});
     ops->linear(m->backend, w->qkv, m->qkv, m->normed, T); // [T, H] -> [T, (Q + 2K) D]
-    lora_add(m, step, layer, m->normed, H, 3,
-             (struct lora_target[]){{LORA_Q, m->qkv, q, stride},
-                                    {LORA_K, columns(m, m->qkv, q), kv, stride},
-                                    {LORA_V, columns(m, m->qkv, q + kv), kv, stride}});
+    lora_end(m, &lora);
     ops->rope_and_kv_write(m->backend, layer, m->qkv, m->cosines, m->sines, step->positions,
                            step->slots, T, c->query_heads);
     ops->attention(m->backend, layer, m->heads, m->qkv, step->spans, step->span_count,
                    c->query_heads);                                    // -> [T, Q D]
+    lora = lora_begin(m, step, layer, m->heads, q, 1,
+                      (struct lora_target[]){{LORA_O, m->delta, H, H}});
     ops->linear(m->backend, w->attention_out, m->delta, m->heads, T); // [T, Q D] -> [T, H]
-    lora_add(m, step, layer, m->heads, q, 1, (struct lora_target[]){{LORA_O, m->delta, H, H}});
+    lora_end(m, &lora);
 }
 
 // delta = down(silu(gate(normed)) * up(normed)): [T, H] -> [T, H].
-static void ffn_block(struct model *m, const struct model_step *step, int layer) {
+static void ffn_block(struct model *m, const struct step *step, int T, int layer) {
     const struct backend_ops *ops = m->ops;
     const struct layer_weights *w = &m->weights.layers[layer];
-    int T = step->token_count, H = m->config.hidden, F = m->config.ffn;
+    int H = m->config.hidden, F = m->config.ffn;
 
+    struct lora_launch lora =
+        lora_begin(m, step, layer, m->normed, H, 2,
+                   (struct lora_target[]){{LORA_GATE, m->gate_up, F, 2 * F},
+                                          {LORA_UP, columns(m, m->gate_up, F), F, 2 * F}});
     ops->linear(m->backend, w->gate_up, m->gate_up, m->normed, T); // [T, H] -> [T, 2F]
-    lora_add(m, step, layer, m->normed, H, 2,
-             (struct lora_target[]){{LORA_GATE, m->gate_up, F, 2 * F},
-                                    {LORA_UP, columns(m, m->gate_up, F), F, 2 * F}});
-    ops->silu_mul(m->backend, m->gated, m->gate_up, T, F);   // -> [T, F]
+    lora_end(m, &lora);
+    ops->silu_mul(m->backend, m->gated, m->gate_up, T, F); // -> [T, F]
+    lora = lora_begin(m, step, layer, m->gated, F, 1,
+                      (struct lora_target[]){{LORA_DOWN, m->delta, H, H}});
     ops->linear(m->backend, w->down, m->delta, m->gated, T); // [T, F] -> [T, H]
-    lora_add(m, step, layer, m->gated, F, 1, (struct lora_target[]){{LORA_DOWN, m->delta, H, H}});
+    lora_end(m, &lora);
 }
 
 // What the backend trusts, checked on this side of the door.
-static void step_verify(const struct model *m, const struct model_step *step) {
+static void step_verify(const struct model *m, const struct step *step) {
     VERIFY_OP(step->token_count, >, 0);
     VERIFY_OP(step->token_count, <=, m->tokens_max);
+    VERIFY_OP(step->query_heads, ==, m->config.query_heads);
     VERIFY_OP(step->logit_count, <=, m->rows_max);
     VERIFY_OP(step->segment_count, <=, m->segments_max);
     for (int t = 0; t < step->token_count; t++) {
@@ -123,37 +137,42 @@ static void step_verify(const struct model *m, const struct model_step *step) {
     }
 }
 
-const float *model_forward(struct model *m, const struct model_step *step) {
+// Queues the step's operations: T tokens, R rows of logits.
+static void step_queue(struct model *m, const struct step *step, int T, int R) {
     const struct backend_ops *ops = m->ops;
     const struct model_config *c = &m->config;
-    int T = step->token_count, R = step->logit_count, H = c->hidden;
+    int H = c->hidden;
     float epsilon = c->norm_epsilon;
-    step_verify(m, step);
-
     ops->embed(m->backend, m->x, m->weights.embedding, m->dtype, step->ids, T, H); // [T, H]
     for (int l = 0; l < c->layers; l++) {
         const struct layer_weights *w = &m->weights.layers[l];
         // Each norm first adds what the block before it left in delta to the residual stream x.
         const void *residual = l > 0 ? m->delta : NULL;
         ops->rms_norm(m->backend, m->normed, m->x, residual, w->attention_norm, epsilon, T, H);
-        attention_block(m, step, l);
+        attention_block(m, step, T, l);
         ops->rms_norm(m->backend, m->normed, m->x, m->delta, w->ffn_norm, epsilon, T, H);
-        ffn_block(m, step, l);
+        ffn_block(m, step, T, l);
     }
-    if (R == 0) { // a prefill chunk that is not its prompt's last
-        ops->synchronize(m->backend);
-        return m->host_logits;
-    }
+    if (R == 0) return; // a prefill chunk that is not its prompt's last
     // The last norm and the head run on the wanted rows alone.
     ops->gather_rows(m->backend, m->rows, m->x, step->logit_rows, R, H);           // [R, H]
     ops->gather_rows(m->backend, m->rows_delta, m->delta, step->logit_rows, R, H); // [R, H]
     ops->rms_norm(m->backend, m->normed, m->rows, m->rows_delta, m->weights.last_norm, epsilon, R,
                   H);
     ops->linear(m->backend, m->weights.head, m->logits, m->normed, R); // [R, H] -> [R, V]
+}
 
-    size_t count = (size_t)R * (size_t)c->vocabulary;
+const float *model_forward(struct model *m, const struct step *step) {
+    const struct backend_ops *ops = m->ops;
+    step_verify(m, step);
+    struct step_rows rows = {step->token_count, step->logit_count, false};
+    if (ops->step_begin) rows = ops->step_begin(m->backend, step);
+    if (!rows.recorded) step_queue(m, step, rows.tokens, rows.logits);
+    if (ops->step_end) ops->step_end(m->backend);
+
+    size_t count = (size_t)step->logit_count * (size_t)m->config.vocabulary;
     void *to = m->host_download ? m->host_download : (void *)m->host_logits;
-    ops->download(m->backend, to, m->logits, count * ops->activation_bytes);
+    if (count > 0) ops->download(m->backend, to, m->logits, count * ops->activation_bytes);
     ops->synchronize(m->backend);
     if (m->host_download) dtype_to_f32(m->host_logits, m->host_download, DTYPE_BF16, count);
     return m->host_logits;
@@ -219,6 +238,10 @@ static enum status activations_create(struct model *m, struct error *err) {
     const struct model_config *c = &m->config;
     size_t a = m->ops->activation_bytes;
     size_t T = (size_t)m->tokens_max, R = (size_t)m->rows_max, H = (size_t)c->hidden;
+    if (m->ops->step_begin) { // it may add rows
+        T = (T + STEP_ROUND - 1) / STEP_ROUND * STEP_ROUND;
+        R = (R + STEP_ROUND - 1) / STEP_ROUND * STEP_ROUND;
+    }
     size_t q = (size_t)c->query_heads * (size_t)c->head_size;
     size_t kv = (size_t)c->kv_heads * (size_t)c->head_size, F = (size_t)c->ffn;
     size_t normed_rows = T > R ? T : R;

@@ -29,18 +29,8 @@ void model_destroy(struct model *model);
 // The geometry an adapter must fit (pool_pages is the caller's to fill).
 struct lora_geometry model_lora_geometry(const struct model_config *config, enum dtype dtype);
 
-// One step. Arrays are host memory, borrowed for the call. Adapter segments may overlap (mixing).
-struct model_step {
-    int token_count;
-    const int32_t *ids, *positions, *slots; // [T]
-    const struct attention_span *spans;
-    int span_count;
-    const struct lora_segment *segments; // v_first is filled in by the caller
-    int segment_count;
-    const int32_t *logit_rows; // [logit_count] tokens whose logits are wanted
-    int logit_count;
-};
+// One step.
 // logits: [logit_count, V] f32 on the host, valid until the next call.
-const float *model_forward(struct model *model, const struct model_step *step);
+const float *model_forward(struct model *model, const struct step *step);
 
 #endif

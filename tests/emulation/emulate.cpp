@@ -5,10 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
-#include <map>
-#include <mutex>
 #include <vector>
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -21,7 +18,8 @@ struct fiber {
     void *stack_pointer;
     char *stack;
     wait waits;
-    int exchanges; // how many it has begun: its parity names the buffer
+    int meetings; // of its warp that it has come to: its parity names the buffer
+    int syncs;    // of them, those that order memory
 };
 
 static fiber fibers[THREADS_MAX];
@@ -29,7 +27,7 @@ static int fiber_count, current;
 static void *scheduler_pointer;
 static const std::function<void()> *thread_function;
 static const char *kernel_name;
-static float exchanged[2][THREADS_MAX];
+static uint32_t exchanged[2][THREADS_MAX][6];
 alignas(256) static unsigned char shared_memory[SHARED_MAX];
 
 // emulate_switch(&save, load): pushes what must be kept, changes stacks, pops.
@@ -66,8 +64,8 @@ extern "C" void emulate_switch(void **save, void *load);
 // Who touched a word since the block's last barrier. Of readers: the last one, and which warps.
 struct touched {
     int barrier;                // of which barrier's time this is
-    int writer, write_exchange; // -1: nobody
-    int reader, read_exchange;
+    int writer, write_sync; // -1: nobody
+    int reader, read_sync;
     uint32_t reader_warps;
 };
 static touched words[SHARED_MAX / 4];
@@ -82,10 +80,9 @@ static touched *touch(const void *word) {
     return t;
 }
 
-// Whether the running thread comes after what `other` did at its exchange number `exchange`.
-static bool after(int other, int exchange) {
-    return other == current ||
-           (other / LANES == current / LANES && exchange < fibers[current].exchanges);
+// Whether the running thread comes after what `other` did behind its `sync`-th __syncwarp.
+static bool after(int other, int sync) {
+    return other == current || (other / LANES == current / LANES && sync < fibers[current].syncs);
 }
 
 [[noreturn]] static void race(const char *what, int other, const void *word) {
@@ -98,22 +95,22 @@ static bool after(int other, int exchange) {
 
 void emulate_shared_read(const void *word) {
     touched *t = touch(word);
-    if (t->writer >= 0 && !after(t->writer, t->write_exchange))
+    if (t->writer >= 0 && !after(t->writer, t->write_sync))
         race("written and read", t->writer, word);
     t->reader = current;
-    t->read_exchange = fibers[current].exchanges;
+    t->read_sync = fibers[current].syncs;
     t->reader_warps |= 1u << current / LANES;
 }
 
 void emulate_shared_write(const void *word) {
     touched *t = touch(word);
-    if (t->writer >= 0 && !after(t->writer, t->write_exchange))
+    if (t->writer >= 0 && !after(t->writer, t->write_sync))
         race("written twice", t->writer, word);
-    if (t->reader >= 0 && !after(t->reader, t->read_exchange))
+    if (t->reader >= 0 && !after(t->reader, t->read_sync))
         race("read and written", t->reader, word);
     if (t->reader_warps & ~(1u << current / LANES)) race("read and written", t->reader, word);
     t->writer = current;
-    t->write_exchange = fibers[current].exchanges;
+    t->write_sync = fibers[current].syncs;
 }
 
 // ------------------------------------------------------------------ threads
@@ -133,12 +130,48 @@ void __syncthreads() {
     wait_for(AT_BLOCK);
 }
 
-float warp_exchange(float value, int bits) {
-    int parity = fibers[current].exchanges++ & 1, other = current ^ bits;
-    if (other >= fiber_count) fail("an exchange with a lane that is not there");
-    exchanged[parity][current] = value;
+// Leaves `count` words for the warp's other lanes; says where each lane's lie.
+static uint32_t (*meet(const uint32_t *words, int count))[6] {
+    int parity = fibers[current].meetings++ & 1;
+    memcpy(exchanged[parity][current], words, (size_t)count * sizeof *words);
     wait_for(AT_WARP);
-    return exchanged[parity][other];
+    return exchanged[parity];
+}
+
+void __syncwarp() {
+    fibers[current].syncs++;
+    meet(nullptr, 0);
+}
+
+float warp_exchange(float value, int bits) {
+    int other = current ^ bits;
+    if (other >= fiber_count) fail("an exchange with a lane that is not there");
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    memcpy(&value, meet(&word, 1)[other], sizeof value);
+    return value;
+}
+
+static float half_of(uint32_t word, int half) {
+    uint32_t bits = half ? word & 0xffff0000u : word << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Fragments as the PTX ISA has them for mma.m16n8k16 with .bf16.
+void mma_16x8x16(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    uint32_t (*all)[6] = meet(words, 6) + current / LANES * LANES;
+    int lane = current % LANES;
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            uint32_t x = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            uint32_t y = all[column * 4 + k % 8 / 2][4 + k / 8];
+            d[i] += half_of(x, k % 2) * half_of(y, k % 2);
+        }
+    }
 }
 
 void *emulate_dynamic_shared() {
@@ -163,7 +196,7 @@ static void fiber_start(fiber *f) {
     f->stack_pointer = top - 6;
     memset(top - 6, 0, 6 * sizeof *top);
     f->waits = RUNS;
-    f->exchanges = 0;
+    f->meetings = f->syncs = 0;
 }
 
 static void fiber_run(int index) {
@@ -180,10 +213,10 @@ static void warp_run(int warp, const std::vector<int> &lanes) {
         if (fibers[warp + lane].waits == RUNS) fiber_run(warp + lane);
     for (int i = warp; i < end; i++) at_warp += fibers[i].waits == AT_WARP;
     if (at_warp == 0) return;
-    if (at_warp < LANES) fail("some lanes of a warp exchange, others wait or have ended");
+    if (at_warp < LANES) fail("some lanes of a warp meet, others wait or have ended");
     for (int i = warp; i < end; i++) {
-        if (fibers[i].exchanges != fibers[warp].exchanges)
-            fail("lanes of a warp exchange a different number of times");
+        if (fibers[i].meetings != fibers[warp].meetings)
+            fail("lanes of a warp meet a different number of times");
         fibers[i].waits = RUNS;
     }
 }
@@ -220,13 +253,8 @@ static void block_run(uint64_t *random, const std::vector<int> &lanes, size_t sh
     }
 }
 
-// One launch, and one change of the mappings, at a time: the server copies adapters on a thread of
-// their own.
-static std::mutex launching, mapping_lock;
-
 void emulate_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes,
                     const std::function<void()> &thread) {
-    std::lock_guard<std::mutex> guard(launching);
     kernel_name = name;
     thread_function = &thread;
     gridDim = grid;
@@ -249,40 +277,4 @@ void emulate_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes
         blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
         block_run(&state, lanes, shared_bytes);
     }
-}
-
-// ------------------------------------------------------------------ memory that ends with a fault
-
-static std::map<void *, std::pair<void *, size_t>> mappings;
-
-cudaError_t cudaMalloc(void **memory, size_t bytes) {
-    size_t rounded = (bytes + 15) / 16 * 16, pages = (rounded + 4095) / 4096 * 4096;
-    void *mapping = mmap(nullptr, pages + 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping == MAP_FAILED || mprotect(mapping, pages, PROT_READ | PROT_WRITE) != 0)
-        return cudaErrorMemoryAllocation;
-    *memory = static_cast<char *>(mapping) + (pages - rounded);
-    memset(*memory, 0xff, rounded); // NaN, as memory that nobody wrote may be
-    std::lock_guard<std::mutex> guard(mapping_lock);
-    mappings[*memory] = {mapping, pages + 4096};
-    return cudaSuccess;
-}
-
-cudaError_t cudaFree(void *memory) {
-    if (!memory) return cudaSuccess;
-    std::lock_guard<std::mutex> guard(mapping_lock);
-    auto found = mappings.find(memory);
-    if (found == mappings.end()) abort();
-    munmap(found->second.first, found->second.second);
-    mappings.erase(found);
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-    memcpy(to, from, bytes);
-    return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_t) {
-    memset(to, byte, bytes);
-    return cudaSuccess;
 }

@@ -1,7 +1,7 @@
 // CUDA on one processor, for the kernels of kernels/cuda compiled as plain C++ (LORAD_EMULATE).
 //
-// A block's threads are fibers. Each runs until it must wait: at __syncthreads for its block, at a
-// warp_exchange for its warp. Blocks run one after another, so a __shared__ array is a static one.
+// A block's threads are fibers. Each runs until it must wait: at __syncthreads for its block, at
+// __syncwarp, a warp_exchange or an mma for its warp. Blocks run one after another, so a __shared__ array is a static one.
 // The orders of blocks, of warps and of a warp's lanes are shuffled from emulate_seed, and warps run
 // ahead of each other as far as barriers let them, so that a missing barrier reads what a later
 // thread has not written yet; dynamic shared memory is filled with NaN before each block, and each
@@ -9,10 +9,13 @@
 // barrier or an exchange that only some threads reach aborts with a sentence. Device memory ends at
 // a page that faults, so that a read or write past the end does too; so does shared memory.
 //
-// test_emulator.cpp breaks each of these rules on purpose. What it does not do: memory ordering between blocks, timing, warps of divergent lanes that never
-// meet. It is for indexing, barriers and arithmetic.
+// Streams, events and recorded graphs: streams.h. test_emulator.cpp breaks each of these rules on
+// purpose. What it does not do: memory ordering between blocks, timing, warps of divergent lanes that
+// never meet. It is for indexing, barriers, arithmetic and the order of what is queued.
 #ifndef LORAD_TESTS_EMULATION_EMULATE_H
 #define LORAD_TESTS_EMULATION_EMULATE_H
+
+#include "tests/emulation/streams.h"
 
 #include <functional>
 #include <stddef.h>
@@ -39,13 +42,18 @@ void emulate_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes
                     const std::function<void()> &thread);
 void *emulate_dynamic_shared();
 void __syncthreads();
+void __syncwarp();
 float warp_exchange(float value, int bits);
+void mma_16x8x16(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1);
 
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
-    emulate_launch(#kernel, grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); })
+    emulate_queue(stream, [=] {                                                                    \
+        emulate_launch(#kernel, grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); });          \
+    })
 
 // Shared memory, watched word by word: two threads touch a word, one of them writes, and neither a
-// barrier of the block nor an exchange of their warp lies between: that is a race, and the end.
+// barrier of the block nor __syncwarp of their warp lies between: that is a race, and the end. (An
+// exchange or an mma orders no memory, though the warp meets.)
 void emulate_shared_read(const void *word);
 void emulate_shared_write(const void *word);
 
@@ -89,36 +97,6 @@ template <typename T> class shared {
 
 template <typename T> inline shared<T> dynamic_shared() {
     return static_cast<T *>(emulate_dynamic_shared());
-}
-
-// ------------------------------------------------------------------ the runtime's few calls
-
-typedef int cudaError_t;
-typedef struct emulated_stream *cudaStream_t;
-enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
-
-cudaError_t cudaMalloc(void **memory, size_t bytes);
-cudaError_t cudaFree(void *memory);
-inline cudaError_t cudaMallocHost(void **memory, size_t bytes) {
-    *memory = malloc(bytes);
-    return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-inline cudaError_t cudaFreeHost(void *memory) {
-    free(memory);
-    return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
-                            cudaStream_t stream);
-cudaError_t cudaMemsetAsync(void *to, int byte, size_t bytes, cudaStream_t stream);
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    return cudaSuccess;
-}
-inline cudaError_t cudaGetLastError() {
-    return cudaSuccess;
-}
-inline const char *cudaGetErrorString(cudaError_t) {
-    return "emulated";
 }
 
 #endif

@@ -209,7 +209,7 @@ struct demo_step {
     int32_t pages[DEMO_PAGES];
     struct attention_span spans[DEMO_CASES_MAX];
     struct lora_segment segments[DEMO_CASES_MAX * REQUEST_ADAPTERS_MAX];
-    struct model_step step;
+    struct step step;
     int v_rows, pages_used;
 };
 
@@ -232,7 +232,8 @@ static void demo_step_add(struct demo_step *s, struct demo_pool *pool, const str
         struct lora_segment *segment = &s->segments[s->step.segment_count++];
         *segment = (struct lora_segment){.token_first = first, .token_count = count,
                                          .v_first = s->v_rows, .weight = c->weights[i],
-                                         .pages = c->adapters[i]->pages};
+                                         .pages = c->adapters[i]->pages,
+                                         .page_count = c->adapters[i]->page_count};
         memcpy(segment->rank, c->adapters[i]->rank, sizeof segment->rank);
         memcpy(segment->a_offset, c->adapters[i]->a_offset, sizeof segment->a_offset);
         memcpy(segment->b_offset, c->adapters[i]->b_offset, sizeof segment->b_offset);
@@ -247,6 +248,7 @@ static void demo_step_add(struct demo_step *s, struct demo_pool *pool, const str
 
 static const float *demo_step_run(struct demo *demo, struct demo_step *s) {
     s->step.ids = s->ids, s->step.positions = s->positions, s->step.slots = s->slots;
+    s->step.query_heads = demo->config.query_heads;
     s->step.spans = s->spans, s->step.segments = s->segments, s->step.logit_rows = s->rows;
     return model_forward(demo->model, &s->step);
 }

@@ -207,7 +207,7 @@ struct step_arrays {
     struct { struct run *run; int position; } row_of[RIG_TOKENS];
     struct attention_span spans[RUNS_MAX];
     struct lora_segment segments[RIG_SEGMENTS];
-    struct model_step step;
+    struct step step;
 };
 
 // Tokens [first, first + count) use this adapter: a new segment, or more of one that ends there.
@@ -224,7 +224,7 @@ static void add_segment(struct step_arrays *a, const struct adapter *adapter, fl
     assert_true(a->step.segment_count < RIG_SEGMENTS);
     struct lora_segment *s = &a->segments[a->step.segment_count++];
     *s = (struct lora_segment){.token_first = first, .token_count = count, .weight = weight,
-                               .pages = adapter->pages};
+                               .pages = adapter->pages, .page_count = adapter->page_count};
     memcpy(s->rank, adapter->rank, sizeof s->rank);
     memcpy(s->a_offset, adapter->a_offset, sizeof s->a_offset);
     memcpy(s->b_offset, adapter->b_offset, sizeof s->b_offset);
@@ -284,6 +284,7 @@ static void rig_step(struct model_rig *rig, struct run *runs, const int *counts,
         v_rows += a.segments[i].token_count;
     }
     a.step.ids = a.ids, a.step.positions = a.positions, a.step.slots = a.slots;
+    a.step.query_heads = rig->config.query_heads, a.step.repeats = true;
     a.step.spans = a.spans, a.step.segments = a.segments, a.step.logit_rows = a.rows;
     const float *logits = model_forward(rig->model, &a.step);
     int V = rig->config.vocabulary;

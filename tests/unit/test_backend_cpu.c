@@ -100,6 +100,24 @@ static void expect_near(double actual, double expected, double tolerance, const 
              tolerance);
 }
 
+// What a matmul or LoRA reads, made of `x`: in the type that the backend wants it in.
+static size_t input_bytes(const struct setup *setup) {
+    return ops->narrow_inputs && setup->dtype == DTYPE_BF16 ? 2 : 4;
+}
+
+static void *input_of(const struct setup *setup, const float *x, size_t count) {
+    void *input = mem_alloc(count * sizeof *x + 1);
+    dtype_convert(input, input_bytes(setup) == 2 ? DTYPE_BF16 : DTYPE_F32, x, DTYPE_F32, count);
+    return input;
+}
+
+// What an operation wrote for a matmul to read, as floats; how far rounding may have moved a value.
+static float input_back(const struct setup *setup, float *y, size_t count) {
+    bool narrow = input_bytes(setup) == 2;
+    for (size_t i = count; narrow && i-- > 0;) y[i] = bf16_to_f32(((const uint16_t *)y)[i]);
+    return narrow ? 1.0f / 256 : 0;
+}
+
 // ------------------------------------------------------------------ linear
 
 struct matrix {
@@ -133,7 +151,10 @@ static void linear_check(struct backend *b, const struct setup *setup, const str
     size_t in = (size_t)m->in, out = (size_t)m->out;
     float *x = random_floats((size_t)tokens * in), *y = random_floats((size_t)tokens * out + 1);
     y[(size_t)tokens * out] = 7.0f;
-    ops->linear(b, m->linear, y, x, tokens);
+    void *input = input_of(setup, x, (size_t)tokens * in);
+    ops->linear(b, m->linear, y, input, tokens);
+    ops->synchronize(b);
+    free(input);
     for (size_t t = 0; t < (size_t)tokens; t++)
         for (size_t o = 0; o < out; o++) {
             double sum = 0, size = 0;
@@ -181,7 +202,9 @@ static void test_linear_rows_invariant(void **state) {
         if (!b) continue;
         struct matrix m = matrix_create(b, OUT, IN, DTYPE_F32, setups[s].dtype);
         float *x = random_floats(ROWS * IN);
-        expect_rows_alike(ops, b, m.linear, x, ROWS, OUT, IN);
+        void *input = input_of(&setups[s], x, ROWS * IN);
+        expect_rows_alike(ops, b, m.linear, input, ROWS, OUT, IN, input_bytes(&setups[s]));
+        free(input);
         free(x);
         matrix_destroy(b, &m);
         ops->close(b);
@@ -204,6 +227,8 @@ static void test_rms_norm_and_silu(void **state) {
             memcpy(before, x, T * n * sizeof *x);
             bool with = w % 2 == 0;
             ops->rms_norm(b, y, x, with ? residual : NULL, gain, 1e-5f, (int)T, (int)n);
+            ops->synchronize(b);
+            double off = (double)input_back(&setups[s], y, T * n);
             for (size_t t = 0; t < T; t++) {
                 double squares = 0;
                 for (size_t i = t * n; i < (t + 1) * n; i++) {
@@ -212,17 +237,22 @@ static void test_rms_norm_and_silu(void **state) {
                     squares += sum * sum;
                 }
                 double scale = 1 / sqrt(squares / (double)n + 1e-5);
-                for (size_t i = 0; i < n; i++)
-                    expect_near(y[t * n + i], x[t * n + i] * scale * gain[i], 1e-5, "rms_norm", i);
+                for (size_t i = 0; i < n; i++) {
+                    double expected = x[t * n + i] * scale * gain[i];
+                    expect_near(y[t * n + i], expected, 1e-5 + off * fabs(expected), "rms_norm", i);
+                }
             }
             float *gate_up = random_floats(T * 2 * n);
             for (size_t i = 0; i < T * 2 * n; i++) gate_up[i] *= i % 3 ? 5.0f : 100.0f;
             ops->silu_mul(b, y, gate_up, (int)T, (int)n);
+            ops->synchronize(b);
+            input_back(&setups[s], y, T * n);
             for (size_t t = 0; t < T; t++)
                 for (size_t i = 0; i < n; i++) {
                     double gate = gate_up[t * 2 * n + i], up = gate_up[t * 2 * n + n + i];
                     double expected = gate / (1 + exp(-gate)) * up;
-                    expect_near(y[t * n + i], expected, 1e-6 * fabs(expected) + 1e-30, "silu", i);
+                    expect_near(y[t * n + i], expected, (1e-6 + off) * fabs(expected) + 1e-30,
+                                "silu", i);
                 }
             free(x);
             free(residual);
@@ -250,12 +280,14 @@ static void test_embed_and_gather(void **state) {
             ops->upload(b, stored, bytes, V * H * dtype_bytes((enum dtype)dtype));
             for (int t = 0; t < T; t++) ids[t] = random_between(0, V - 1);
             ops->embed(b, y, stored, (enum dtype)dtype, ids, T, H);
+            ops->synchronize(b);
             float expected[V * H];
             dtype_to_f32(expected, bytes, (enum dtype)dtype, V * H);
             for (int t = 0; t < T; t++)
                 assert_memory_equal(y + t * H, expected + ids[t] * H, H * sizeof *y);
             for (int t = 0; t < T; t++) ids[t] = random_between(0, T - 1);
             ops->gather_rows(b, z, y, ids, T, H);
+            ops->synchronize(b);
             for (int t = 0; t < T; t++)
                 assert_memory_equal(z + t * H, y + ids[t] * H, H * sizeof *y);
         }
@@ -287,6 +319,7 @@ static void pool_rig_init(struct pool_rig *rig, struct backend *b, enum dtype dt
     size_t bytes = (size_t)layers * (size_t)pages * page_elems * dtype_bytes(dtype);
     rig->pool = ops->memory_create(b, bytes);
     assert_non_null(rig->pool);
+    ops->synchronize(b);
     memset(rig->pool, 0xff, bytes);
     ops->pool_attach(b, rig->pool, &rig->shape);
     for (int i = 0; i < pages; i++) rig->free_pages[i] = i;
@@ -399,6 +432,7 @@ static void attention_rig_write(struct attention_rig *rig, struct backend *b) {
         }
         ops->rope_and_kv_write(b, LAYER, copy, rig->cosines, rig->sines, positions, slots,
                                span->context, rig->c->query_heads);
+        ops->synchronize(b);
         int first = span->context - span->token_count;
         memcpy(rig->qkv + span->token_first * width, copy + first * width,
                (size_t)(span->token_count * width) * sizeof(float));
@@ -441,7 +475,7 @@ static void reference_cache(const struct attention_rig *rig, int s, int kv_head,
 // In bf16 a backend may round q and the softmax's weights, each by a 512th at most: half of what that
 // could do to a score (`off`) and to a sum of weights, since not all errors point one way.
 static void reference_attention(const struct attention_rig *rig, int s, int head, const double *k,
-                                const double *v, const float *y) {
+                                const double *v, const float *y, double y_off) {
     int D = rig->c->head_size, Q = rig->c->query_heads;
     const struct attention_span *span = &rig->spans[s];
     for (int t = 0; t < span->token_count; t++) {
@@ -468,7 +502,8 @@ static void reference_attention(const struct attention_rig *rig, int s, int head
                 size += weights[p] / sum * fabs(v[p * D + i]);
             }
             size_t at = (size_t)(((span->token_first + t) * Q + head) * D + i);
-            double tolerance = 3e-5 + (bf16 ? size * (1.0 / 512 + off) / 2 : 0);
+            double tolerance = 3e-5 + (bf16 ? size * (1.0 / 512 + off) / 2 : 0) +
+                               y_off * fabs(expected);
             expect_near(y[at], expected, tolerance, "attention", at);
         }
     }
@@ -483,16 +518,20 @@ static void attention_check(struct backend *b, const struct setup *setup,
     float *y = random_floats((size_t)rig.tokens * row);
     float *alone = random_floats((size_t)rig.tokens * row);
     ops->attention(b, LAYER, y, rig.qkv, rig.spans, c->span_count, c->query_heads);
+    ops->synchronize(b);
+    double off = (double)input_back(setup, y, (size_t)rig.tokens * row);
     double *k = mem_alloc(1100 * D * sizeof *k), *v = mem_alloc(1100 * D * sizeof *v);
     for (int s = 0; s < c->span_count; s++)
         for (int head = 0; head < c->query_heads; head++) {
             int group = c->query_heads / c->kv_heads;
             if (head % group == 0) reference_cache(&rig, s, head / group, k, v);
-            reference_attention(&rig, s, head, k, v, y);
+            reference_attention(&rig, s, head, k, v, y, off);
         }
     // Alone, a span has the same bits as in the batch.
     for (int s = 0; s < c->span_count; s++) {
         ops->attention(b, LAYER, alone, rig.qkv, &rig.spans[s], 1, c->query_heads);
+        ops->synchronize(b);
+        input_back(setup, alone, (size_t)rig.tokens * row);
         size_t at = (size_t)rig.spans[s].token_first * row;
         assert_memory_equal(alone + at, y + at,
                             (size_t)rig.spans[s].token_count * row * sizeof *y);
@@ -550,6 +589,7 @@ struct lora_rig {
     float *a[LORA_SEGMENTS_MAX][LORA_TARGETS_MAX], *b[LORA_SEGMENTS_MAX][LORA_TARGETS_MAX];
     int tokens, v_rows, stride;
     float *x, *y, *before, *v;
+    void *input;
     struct lora_launch launch;
 };
 
@@ -588,8 +628,9 @@ static void check_pool_copy(struct backend *b, const int32_t *pages, const void 
     free(back);
 }
 
-static void lora_rig_init(struct lora_rig *rig, struct backend *b, enum dtype dtype,
+static void lora_rig_init(struct lora_rig *rig, struct backend *b, const struct setup *setup,
                           const struct lora_case *c) {
+    enum dtype dtype = setup->dtype;
     *rig = (struct lora_rig){.c = c};
     pool_rig_init(&rig->pool, b, dtype, c->kv_heads, c->head_size, 2, 800);
     char *image = mem_alloc_aligned((size_t)2 << 20);
@@ -613,6 +654,7 @@ static void lora_rig_init(struct lora_rig *rig, struct backend *b, enum dtype dt
         if (ops->pool_written) ops->pool_written(b);
         check_pool_copy(b, pages, image, used * dtype_bytes(dtype), used);
         segment->pages = pages;
+        segment->page_count = (int32_t)((used + page_elems - 1) / page_elems);
     }
     free(image);
     for (int t = 0; t < c->target_count; t++) rig->stride += c->out[t] + 3; // columns of others
@@ -627,7 +669,8 @@ static void lora_rig_init(struct lora_rig *rig, struct backend *b, enum dtype dt
     rig->before = mem_alloc(y_count * sizeof *rig->before);
     memcpy(rig->before, rig->y, y_count * sizeof *rig->y);
     rig->v = random_floats((size_t)rig->v_rows * LORA_TARGETS_MAX * LORA_RANK_MAX);
-    rig->launch = (struct lora_launch){.layer = LAYER, .x = rig->x, .in = c->in,
+    rig->input = input_of(setup, rig->x, (size_t)rig->tokens * (size_t)c->in);
+    rig->launch = (struct lora_launch){.layer = LAYER, .x = rig->input, .in = c->in,
                                        .target_count = c->target_count,
                                        .segments = rig->segments,
                                        .segment_count = c->segment_count, .v = rig->v};
@@ -648,6 +691,7 @@ static void lora_rig_deinit(struct lora_rig *rig, struct backend *b) {
         }
     }
     free(rig->x);
+    free(rig->input);
     free(rig->y);
     free(rig->before);
     free(rig->v);
@@ -683,11 +727,12 @@ static void reference_lora(const struct lora_rig *rig, int s, int target, int to
         }
 }
 
-static void lora_check(struct backend *b, enum dtype dtype, const struct lora_case *c) {
+static void lora_check(struct backend *b, const struct setup *setup, const struct lora_case *c) {
     static struct lora_rig rig;
-    lora_rig_init(&rig, b, dtype, c);
+    lora_rig_init(&rig, b, setup, c);
     ops->lora_shrink(b, &rig.launch);
     ops->lora_expand(b, &rig.launch);
+    ops->synchronize(b);
     double *expected = mem_alloc((size_t)rig.stride * sizeof *expected);
     double *size = mem_alloc((size_t)rig.stride * sizeof *size);
     for (int token = 0; token < rig.tokens; token++) {
@@ -718,6 +763,7 @@ static void lora_check(struct backend *b, enum dtype dtype, const struct lora_ca
         alone.segment_count = 1;
         ops->lora_shrink(b, &alone);
         ops->lora_expand(b, &alone);
+        ops->synchronize(b);
     }
     assert_memory_equal(batch, rig.y, (size_t)(rig.tokens * rig.stride) * sizeof *batch);
     free(batch);
@@ -732,7 +778,7 @@ static void test_lora(void **state) {
         struct backend *b = open_setup(&setups[s]);
         if (!b) continue;
         for (size_t i = 0; i < sizeof lora_cases / sizeof *lora_cases; i++)
-            lora_check(b, setups[s].dtype, &lora_cases[i]);
+            lora_check(b, &setups[s], &lora_cases[i]);
         ops->close(b);
     }
 }

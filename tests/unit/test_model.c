@@ -334,9 +334,9 @@ static void dummy_logits(const struct model_config *config, uint64_t seed, float
     plain_backend.pool_attach(backend, pool, &shape);
     const int32_t id = 9, zero = 0;
     struct attention_span span = {.token_count = 1, .context = 1, .pages = &zero};
-    struct model_step step = {.token_count = 1, .ids = &id, .positions = &zero, .slots = &zero,
-                              .spans = &span, .span_count = 1, .logit_rows = &zero,
-                              .logit_count = 1};
+    struct step step = {.token_count = 1, .query_heads = config->query_heads, .ids = &id,
+                        .positions = &zero, .slots = &zero, .spans = &span, .span_count = 1,
+                        .logit_rows = &zero, .logit_count = 1};
     memcpy(logits, model_forward(model, &step), (size_t)config->vocabulary * sizeof *logits);
     plain_backend.memory_destroy(backend, pool);
     model_destroy(model);

@@ -167,7 +167,7 @@ static void test_rows_invariant(void **state) {
         if (!b) continue;
         struct matrix m = matrix_create(b, OUT, IN);
         float *x = random_floats(ROWS * IN);
-        expect_rows_alike(ops, b, m.linear, x, ROWS, OUT, IN);
+        expect_rows_alike(ops, b, m.linear, x, ROWS, OUT, IN, sizeof *x);
         free(x);
         matrix_destroy(b, &m);
         ops->close(b);
