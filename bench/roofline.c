@@ -62,6 +62,7 @@ static void usage(FILE *to) {
             "  --rank R           each sequence on its own adapter of this rank (default 0: none)\n"
             "  --device cpu|cuda  default cpu; on cuda the limits are measured through the backend's\n"
             "                     own operations: silu_mul over 1 GB, a matmul of 4096 x 8192 x 8192\n"
+            "  --peak-rows N      the 4096 of these; the rest is in proportion\n"
             "  --dtype bf16|f32   of weights and KV (default bf16)\n"
             "  --quantization int8|int4   of the base weights (CPU)\n"
             "  --threads N        default: all cores\n"
@@ -98,8 +99,10 @@ static int options_parse(int argc, char **argv, struct options *o) {
         {"quantization", 1, 0, 'q'},
         {"threads", 1, 0, 't'}, {"rounds", 1, 0, 'n'}, {"json", 1, 0, 'j'},
         {"svg", 1, 0, 's'},     {"commit", 1, 0, 'k'}, {"device", 1, 0, 'D'},
+        {"peak-rows", 1, 0, 'R'},
         {"help", 0, 0, 'h'},    {0, 0, 0, 0}};
-    *o = (struct options){.rig = {.device = "cpu", .dtype = DTYPE_BF16, .context = 64}, .rounds = 5};
+    *o = (struct options){.rig = {.device = "cpu", .dtype = DTYPE_BF16, .context = 64,
+                                 .peak_rows = 4096}, .rounds = 5};
     batches_parse(o, "1,2,4,8,16,32,64,256");
     cpu_set_t set;
     o->rig.threads = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
@@ -128,6 +131,7 @@ static int options_parse(int argc, char **argv, struct options *o) {
         case 'j': o->json = optarg; break;
         case 's': o->svg = optarg; break;
         case 'k': o->commit = optarg; break;
+        case 'R': good = number_parse(optarg, 1, 1 << 16, &o->rig.peak_rows); break;
         case 'D': o->rig.device = optarg; break;
         case 'h': usage(stdout); return 1;
         default: usage(stderr); return 3;
@@ -218,27 +222,30 @@ static void layer_run(struct rig *rig, int l, int T, double *since, double *seco
 // What a device reaches on big things, through operations that every backend has: bytes read and
 // written by silu_mul, operations of one matmul. Lower bounds of its true limits.
 static struct machine_peak device_peak(struct rig *rig) {
-    enum { ROUNDS = 5, ROWS = 4096, WIDTH = 8192, FFN = 24576 };
+    enum { ROUNDS = 5 };
+    int rows = rig->options.peak_rows, width = 2 * rows, ffn = 6 * rows;
+    size_t elements = (size_t)rows * (size_t)ffn;
     const struct backend_ops *ops = rig->ops;
     struct backend *b = rig->backend;
     struct machine_peak peak = {.has_bf16 = rig->options.dtype == DTYPE_BF16};
     size_t written = ops->narrow_inputs ? dtype_bytes(rig->options.dtype) : sizeof(float);
-    float *from = ops->memory_create(b, (size_t)ROWS * 2 * FFN * sizeof(float));
-    float *to = ops->memory_create(b, (size_t)ROWS * FFN * sizeof(float));
-    void *weights = mem_zalloc((size_t)WIDTH * WIDTH, sizeof(float));
+    float *from = ops->memory_create(b, 2 * elements * sizeof(float));
+    float *to = ops->memory_create(b, elements * sizeof(float));
+    void *weights = mem_zalloc((size_t)width * (size_t)width, sizeof(float));
     struct linear *linear = NULL;
     struct error err;
-    if (!from || !to || ops->linear_create(b, weights, DTYPE_F32, WIDTH, WIDTH, &linear, &err)) {
+    if (!from || !to || ops->linear_create(b, weights, DTYPE_F32, width, width, &linear, &err)) {
         fprintf(stderr, "lorad-bench roofline: no memory to measure the device's limits\n");
         exit(1);
     }
     for (int round = 0; round <= ROUNDS; round++) { // the first one warms up
         double since = clock_seconds(), copy = 0, multiply = 0;
-        ops->silu_mul(b, to, from, ROWS, FFN);
+        ops->silu_mul(b, to, from, rows, ffn);
         lap(rig, &since, &copy);
-        ops->linear(b, linear, to, from, ROWS);
+        ops->linear(b, linear, to, from, rows);
         lap(rig, &since, &multiply);
-        double bytes = (2.0 * sizeof(float) + (double)written) * ROWS * FFN, flops = 2.0 * ROWS * WIDTH * WIDTH;
+        double bytes = (2.0 * sizeof(float) + (double)written) * (double)elements;
+        double flops = 2.0 * rows * width * width;
         if (round == 0) continue;
         if (bytes / copy > peak.read_bytes_per_s) peak.read_bytes_per_s = bytes / copy;
         if (flops / multiply > peak.bf16_flops_per_s) peak.bf16_flops_per_s = flops / multiply;

@@ -20,6 +20,7 @@ struct rig_options {
     enum dtype dtype;
     enum quantization quantization;
     int threads, context, rank;
+    int peak_rows;     // of what measures a device's limits
     bool prefill;      // one sequence of all tokens; else one token a sequence
     int tokens_max;
 };

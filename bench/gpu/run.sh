@@ -55,17 +55,23 @@ greedy() {
 }
 
 roofline() {
-    local model=bench/models/llama-2-7b device=cuda batches=1,16,32,64 rank
+    local model=bench/models/llama-2-7b batches=1,16,32,64 peak=4096 rank
     if [ -n "$emulate" ]; then
-        model=$(mktemp -d) device=cpu batches=1,2
-        sed 's/"hidden_size": 4096/"hidden_size": 256/; s/11008/256/; s/_layers": 32/_layers": 2/' \
-            bench/models/llama-2-7b/config.json >"$model/config.json"
+        model=$(mktemp -d) batches=1,2 peak=16
+        bench=$build/tests/emulation/lorad-bench-emulated
+        sed 's/"hidden_size": 4096/"hidden_size": 256/; s/11008/256/; s/_layers": 32/_layers": 2/
+             s/_heads": 32/_heads": 4/; s/32000/512/' bench/models/llama-2-7b/config.json >"$model/config.json"
     fi
     for rank in 0 16 64; do
-        "$bench" roofline --device $device --model "$model" --batch $batches --context 512 \
-            --rank $rank --rounds 5 --commit "$commit" --json "$out/gpu-roofline-r$rank.json" ||
-            return 1
+        "$bench" roofline --device cuda --model "$model" --batch $batches --context 512 \
+            --rank $rank --rounds 5 --peak-rows $peak --commit "$commit" \
+            --json "$out/gpu-roofline-r$rank.json" || return 1
     done
+    echo "-- shrink beside the base matmul, rank 16; then without recordings"
+    LORAD_CUDA_OVERLAP=1 "$bench" roofline --device cuda --model "$model" --batch $batches \
+        --context 512 --rank 16 --rounds 5 --peak-rows $peak | grep -E "^M|step" || return 1
+    LORAD_CUDA_GRAPHS=0 "$bench" roofline --device cuda --model "$model" --batch $batches \
+        --context 512 --rank 16 --rounds 5 --peak-rows $peak | grep -E "^M|step"
 }
 
 # S-LoRA's S1 shape over the real server: 7B, rank 8 on q k v o, in and out U[8, 512].
@@ -103,7 +109,7 @@ export -f operations greedy roofline serve
 export out logs emulate build lorad cuda_lorad bench commit
 stage operations 150 bash -c operations
 stage greedy 60 bash -c greedy
-stage roofline 180 bash -c roofline
-stage serve 200 bash -c serve
+stage roofline 200 bash -c roofline
+stage serve 180 bash -c serve
 cat "$summary"
 exit $failed

@@ -1,4 +1,5 @@
-// Causal attention over the paged K and V: prefill chunks and decodes in one call.
+// Causal attention over the paged K and V: prefill chunks and decodes in one call. bf16 at usual head
+// sizes goes to tensor cores (attention_tiles.cu); this is the rest: f32, and any head size.
 //
 // DESIGN. An item is one token of a span and one kv head; a block computes all query heads that share
 // that kv head, so a page is read once for them. It walks the context in parts of PART tokens at
@@ -6,10 +7,7 @@
 // (a thread per element of the head), and merges parts left to right by their maxima (arXiv
 // 1805.02867). A decode with more than one part is cut into one block a part, and a second kernel
 // merges: the same sums in the same order, so bits depend neither on the batch nor on the cut.
-//
-// Bytes: K and V of the context once per token and kv head. A prefill chunk reads them once a token,
-// from the second-level cache: right but not fast; tiles of queries on tensor cores are to come.
-#include "kernels/cuda/cuda_internal.cuh"
+#include "kernels/cuda/attention.cuh"
 
 enum {
     THREADS = 128,
@@ -18,12 +16,6 @@ enum {
     HEAD_SIZE_MAX = 256,
     SHARED_BYTES_ANY = 48 << 10, // what a launch may have without asking
     SHARED_BYTES_MAX = 96 << 10, // what every card from 8.0 on gives when asked
-};
-
-struct attention_shape {
-    int Q, K, G, D;
-    int lanes; // a position's scores are computed by so many
-    float scale;
 };
 
 // What a block keeps in shared memory, all [G] or [G][...].
@@ -144,11 +136,6 @@ __device__ static void part_merge(const attention_shape &s, bool first, const sh
     __syncthreads();
 }
 
-// Partial results: rows of [maximum, sum, D outputs], one a query head.
-__device__ static inline float *partial_row(float *partials, const attention_shape &s, int partial, int head) {
-    return partials + ((size_t)partial * (size_t)s.Q + (size_t)head) * (size_t)(s.D + 2);
-}
-
 // ------------------------------------------------------------------ kernels
 
 // Grid (items, kv heads).
@@ -225,18 +212,24 @@ template <typename T> static void shared_allow(struct backend *b, size_t bytes) 
 }
 
 template <typename T>
-static void launch(struct backend *b, int layer, const attention_shape &s,
-                   const struct device_step *step, void *y, const void *qkv, float *partials) {
+static void plain_attention(struct backend *b, int layer, const attention_shape &s,
+                            const struct device_step *step, T *y, const float *qkv,
+                            float *partials) {
     int items = step->counts.narrow_items + step->counts.wide_items;
     if (items == 0) return;
     size_t shared = shared_floats(s) * sizeof(float);
     shared_allow<T>(b, shared);
     CUDA_LAUNCH(attention_kernel<T>, dim3((unsigned)items, (unsigned)s.K), dim3(THREADS), shared,
-                b->stream, cuda_layer<T>(b, layer), s, step->items, step->kv_pages,
-                (const float *)qkv, (T *)y, partials);
-    if (step->counts.merges > 0)
-        CUDA_LAUNCH(merge_kernel<T>, dim3((unsigned)step->counts.merges, (unsigned)s.Q),
-                    dim3(THREADS), 0, b->stream, s, step->merges, partials, (T *)y);
+                b->stream, cuda_layer<T>(b, layer), s, step->items, step->kv_pages, qkv, y,
+                partials);
+}
+
+template <typename T>
+static void merge(struct backend *b, const attention_shape &s, const struct device_step *step, T *y,
+                  float *partials) {
+    if (step->counts.merges == 0) return;
+    CUDA_LAUNCH(merge_kernel<T>, dim3((unsigned)step->counts.merges, (unsigned)s.Q), dim3(THREADS),
+                0, b->stream, s, step->merges, partials, y);
 }
 
 enum status cuda_check_heads(int query_heads, int kv_heads, int head_size, struct error *err) {
@@ -269,6 +262,14 @@ void cuda_attention(struct backend *b, int layer, void *y, const void *qkv,
     float *partials = (float *)cuda_scratch(
         b, SCRATCH_PARTIALS, ((size_t)step->counts.partials * (size_t)s.Q * (size_t)(s.D + 2) + 1) *
                                  sizeof(float));
-    auto run = b->dtype == DTYPE_BF16 ? launch<bf16> : launch<float>;
-    run(b, layer, s, step, y, qkv, partials);
+    const float *from = (const float *)qkv;
+    if (b->dtype == DTYPE_F32) {
+        plain_attention<float>(b, layer, s, step, (float *)y, from, partials);
+        merge<float>(b, s, step, (float *)y, partials);
+        return;
+    }
+    if (cuda_attention_tiles(b, query_heads))
+        attention_tiles(b, layer, s, step, (bf16 *)y, from, partials);
+    else plain_attention<bf16>(b, layer, s, step, (bf16 *)y, from, partials);
+    merge<bf16>(b, s, step, (bf16 *)y, partials);
 }

@@ -46,19 +46,17 @@ struct merge_item {
     int32_t token, partial, stride, parts;
 };
 
-// A segment as kernels see it.
-struct device_segment {
-    int32_t token_first, v_first, pages_first;
+// Up to 16 tokens of a segment, with all that kernels want to know of its adapter: no load but the
+// page table's stands between an item and its weights.
+struct lora_item {
+    int32_t token, count; // rows of the step; token -1: nothing to do
+    int32_t v_row;        // of the first token
+    int32_t pages;        // where its page table begins
     float weight;
     struct {
         int32_t rank; // 0: none
         uint32_t a, b; // first elements
     } module[LORA_MODULES];
-};
-
-struct lora_item {
-    int32_t segment; // -1: nothing to do
-    int32_t first, count; // tokens, counted from the segment's first
 };
 
 enum {
@@ -74,7 +72,7 @@ enum {
 struct step_counts {
     int32_t tokens, logits;
     int32_t narrow_items, wide_items, merges, partials, kv_pages;
-    int32_t segments, lora_items, lora_pages, rank_max, v_rows;
+    int32_t lora_items, lora_pages, rank_max, v_rows;
     int32_t lora_tile; // tokens of an item
 };
 
@@ -86,7 +84,6 @@ struct device_step {
     const attention_item *items; // narrow ones, then wide ones
     const merge_item *merges;
     const int32_t *kv_pages;
-    const device_segment *segments;
     const lora_item *lora_items; // wave by wave
     const int32_t *lora_pages;
     int waves, wave_first[WAVES_MAX + 1];
@@ -142,15 +139,13 @@ struct step_counts cuda_step_count(const struct backend *b, const struct step *s
 void cuda_step_fill(const struct backend *b, struct device_step *step, void *host, void *device);
 size_t cuda_step_bytes(const struct step_counts *counts);
 
-// Whether tensor cores compute attention of this head size and LoRA of these widths.
-static inline bool cuda_has_tiles(const struct backend *b) {
-    (void)b;
-    return false;
-}
+// Whether tensor cores compute attention of these heads (attention_tiles.cu).
+bool cuda_attention_tiles(const struct backend *b, int query_heads);
 
 template <typename T> paged<T> cuda_layer(const struct backend *b, int layer) {
     size_t first = (size_t)layer * (size_t)b->shape.page_count * b->shape.page_elems;
-    return {static_cast<T *>(b->pool) + first, static_cast<uint32_t>(b->shape.page_elems)};
+    uint32_t elems = static_cast<uint32_t>(b->shape.page_elems);
+    return {static_cast<T *>(b->pool) + first, elems, divisor_of(elems)};
 }
 
 static inline unsigned cuda_blocks(size_t count, size_t each) {

@@ -1,47 +1,26 @@
 // LoRA over segments of different ranks: shrink v = A x, expand y += weight B v. Adapters are read in
 // place from their pages, at their true ranks, all segments and up to three modules in one launch.
+// bf16 at usual widths goes to tensor cores (lora_tiles.cu); this is the rest: f32, and any width.
 //
-// DESIGN. The work of a launch is a list of items: up to TILE tokens of one segment. Shrink: a block
+// DESIGN. The work of a launch is a list of items: up to 16 tokens of one segment. Shrink: a block
 // has one item, one module and sixteen ranks; x goes to shared memory piece by piece, each warp
-// reads whole rows of A with 16-byte loads and multiplies them with every token of the item.
+// reads whole rows of A with 16-byte loads and multiplies them with TILE tokens at a time.
 // Expand: a block has one item, one module and COLUMNS columns; v lies in shared memory, a thread
-// reads eight columns of each of B's rows with 16-byte loads, AHEAD of them under way. A decode's items have one token (TILE 1), so each element of A and B is read
-// once for its token; a prefill's have eight, and A and B come back from the second-level cache.
-//
-// Bytes: shrink rank x in, expand out x rank elements an item and module, x and v beside them small.
-// In flight for 64 decodes of rank 16, q k v: 192 blocks x 8 warps x 2 rows x 16 bytes x 32 lanes.
+// reads eight columns of each of B's rows with 16-byte loads, AHEAD of them under way.
 //
 // A token's sums run in an order that depends on its adapter and module alone: bits do not change
 // with the batch. A token in several segments gets their sums in the segments' order: segments that
 // overlap go into launches after each other ("waves"); without mixing there is one.
-#include "kernels/cuda/cuda_internal.cuh"
+#include "kernels/cuda/lora.cuh"
 
 enum {
     RANKS = 16,        // of a shrink block
     SHRINK_WARPS = 8,
     PIECE = 1024,      // elements of x in shared memory at a time
-    TILE_MAX = 8,      // tokens of an item
+    TILE_MAX = 8,      // tokens at a time, where an item has more than one
     COLUMN_THREADS = 64,
     COLUMNS = COLUMN_THREADS * EIGHT, // of an expand block
     AHEAD = 4,         // rows of B under way in an expand thread
-    V_ROW = LORA_TARGETS_MAX * LORA_RANK_MAX,
-};
-
-struct device_target {
-    int module;
-    float *y;
-    int out, stride;
-};
-
-// One launch, on the device side.
-template <typename T> struct device_launch {
-    const device_segment *segments;
-    const lora_item *items;
-    const int32_t *pages;
-    const T *x;
-    float *v;
-    int in;
-    device_target target[LORA_TARGETS_MAX];
 };
 
 // ------------------------------------------------------------------ kernels
@@ -55,51 +34,63 @@ __device__ static inline void multiply_eight(float *sums, const float a[EIGHT], 
         for (int i = 0; i < EIGHT; i++) sums[t] += a[i] * x[t * PIECE + i];
 }
 
-// Grid (ranks / RANKS, modules, items).
+// v of ranks [first, first + RANKS) of one module, for `count` of the item's tokens from t0 on.
 template <typename T, int TILE>
-__global__ void __launch_bounds__(SHRINK_WARPS *WARP)
-    shrink_kernel(paged<T> pool, device_launch<T> launch) {
+__device__ static inline void shrink_tokens(const paged<T> &pool, const device_launch<T> &launch,
+                                            const lora_item &work, int target, int first, int t0,
+                                            int count) {
     shared<float> x = dynamic_shared<float>(); // [TILE][PIECE]
-    const lora_item work = launch.items[blockIdx.z];
-    if (work.segment < 0) return;
-    const device_segment *segment = &launch.segments[work.segment];
-    int target = blockIdx.y, module = launch.target[target].module;
-    int rank = segment->module[module].rank, first = blockIdx.x * RANKS;
-    if (first >= rank) return; // the whole block
-    const int32_t *pages = launch.pages + segment->pages_first;
+    int module = launch.target[target].module, rank = work.module[module].rank;
+    const int32_t *pages = launch.pages + work.pages;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int rows[2] = {first + warp, first + warp + SHRINK_WARPS};
     float sums[2][TILE] = {{0}};
-    size_t token = (size_t)(segment->token_first + work.first);
+    size_t row_first = (size_t)(work.token + t0);
     for (int at = 0; at < launch.in; at += PIECE) {
-        int count = launch.in - at < PIECE ? launch.in - at : PIECE;
-        for (int i = threadIdx.x; i < TILE * PIECE; i += SHRINK_WARPS * WARP) {
-            int t = i / PIECE, k = i % PIECE;
-            bool there = t < work.count && k < count;
-            x[i] = there ? to_float(launch.x[(token + t) * (size_t)launch.in + at + k]) : 0.0f;
+        int depth = launch.in - at < PIECE ? launch.in - at : PIECE;
+        int width = (depth + EIGHT - 1) / EIGHT * EIGHT;
+        for (int i = threadIdx.x; i < TILE * width; i += SHRINK_WARPS * WARP) {
+            int t = i / width, k = i % width;
+            bool there = t < count && k < depth;
+            x[t * PIECE + k] = there ? to_float(launch.x[(row_first + t) * (size_t)launch.in + at + k]) : 0.0f;
         }
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < 2; j++) {
             if (rows[j] >= rank) continue;
-            uint32_t row = segment->module[module].a + (uint32_t)rows[j] * (uint32_t)launch.in + at;
-            for (int k = lane * EIGHT; k < count; k += WARP * EIGHT) {
+            uint32_t row = work.module[module].a + (uint32_t)rows[j] * (uint32_t)launch.in + at;
+            for (int k = lane * EIGHT; k < depth; k += WARP * EIGHT) {
                 float a[EIGHT];
-                load_paged(a, pool, pages, row + k, row + count);
+                load_paged(a, pool, pages, row + k, row + depth);
                 multiply_eight<TILE>(sums[j], a, x + k);
             }
         }
         __syncthreads();
     }
 #pragma unroll
-    for (int j = 0; j < 2; j++)
+    for (int j = 0; j < 2; j++) {
+        if (rows[j] >= rank) continue; // the whole warp
 #pragma unroll
         for (int t = 0; t < TILE; t++) {
             float sum = warp_sum(sums[j][t]);
-            if (lane == 0 && rows[j] < rank && t < work.count)
-                launch.v[(size_t)(segment->v_first + work.first + t) * V_ROW +
-                         target * LORA_RANK_MAX + rows[j]] = sum;
+            if (lane == 0 && t < count)
+                launch.v[(size_t)(work.v_row + t0 + t) * V_ROW + target * LORA_RANK_MAX +
+                         rows[j]] = sum;
         }
+    }
+}
+
+// Grid (ranks / RANKS, modules, items).
+template <typename T, int TILE>
+__global__ void __launch_bounds__(SHRINK_WARPS *WARP)
+    shrink_kernel(paged<T> pool, const __grid_constant__ device_launch<T> launch) {
+    const lora_item work = launch.items[blockIdx.z];
+    if (work.token < 0) return;
+    int first = blockIdx.x * RANKS, module = launch.target[blockIdx.y].module;
+    if (first >= work.module[module].rank) return; // the whole block
+    for (int t = 0; t < work.count; t += TILE)
+        shrink_tokens<T, TILE>(pool, launch, work, blockIdx.y, first, t,
+                               work.count - t < TILE ? work.count - t : TILE);
 }
 
 // Adds the products of each token's v with eight columns, of ranks [r, r + AHEAD) below `rank`. b is
@@ -126,49 +117,108 @@ __device__ static inline void update_eight(float sums[TILE][EIGHT], const paged<
     }
 }
 
-// Grid (columns / COLUMNS, modules, items).
+// y's columns [column, column + EIGHT) of one module, for `count` of the item's tokens from t0 on.
+// Every thread of the block calls it, those with columns beyond the last as well.
 template <typename T, int TILE>
-__global__ void __launch_bounds__(COLUMN_THREADS)
-    expand_kernel(paged<T> pool, device_launch<T> launch) {
+__device__ static inline void expand_tokens(const paged<T> &pool, const device_launch<T> &launch,
+                                            const lora_item &work, int target_index, int column,
+                                            int t0, int count) {
     shared<float> v = dynamic_shared<float>(); // [TILE][LORA_RANK_MAX]
-    const lora_item work = launch.items[blockIdx.z];
-    if (work.segment < 0) return;
-    const device_segment *segment = &launch.segments[work.segment];
-    const device_target target = launch.target[blockIdx.y];
-    int rank = segment->module[target.module].rank;
-    if (rank == 0 || (int)blockIdx.x * COLUMNS >= target.out) return; // the whole block
-    for (int i = threadIdx.x; i < TILE * LORA_RANK_MAX; i += COLUMN_THREADS) {
-        int t = i / LORA_RANK_MAX, r = i % LORA_RANK_MAX;
-        v[i] = t < work.count && r < rank
-                   ? launch.v[(size_t)(segment->v_first + work.first + t) * V_ROW +
-                              blockIdx.y * LORA_RANK_MAX + r]
-                   : 0.0f;
+    const device_target target = launch.target[target_index];
+    int rank = work.module[target.module].rank;
+    for (int i = threadIdx.x; i < TILE * rank; i += COLUMN_THREADS) {
+        int t = i / rank, r = i % rank;
+        v[t * LORA_RANK_MAX + r] = t < count
+                                       ? launch.v[(size_t)(work.v_row + t0 + t) * V_ROW +
+                                                  target_index * LORA_RANK_MAX + r]
+                                       : 0.0f;
     }
     __syncthreads();
-    int column = blockIdx.x * COLUMNS + threadIdx.x * EIGHT;
-    if (column >= target.out) return;
-    const int32_t *pages = launch.pages + segment->pages_first;
+    const int32_t *pages = launch.pages + work.pages;
     int panel = column / LORA_PANEL * LORA_PANEL;
     int width = target.out - panel < LORA_PANEL ? target.out - panel : LORA_PANEL;
-    uint32_t b = segment->module[target.module].b + (uint32_t)(panel * rank + column - panel);
+    uint32_t b = work.module[target.module].b + (uint32_t)(panel * rank + column - panel);
     float sums[TILE][EIGHT] = {{0}};
-    for (int r = 0; r < rank; r += AHEAD)
+    for (int r = 0; r < rank && column < target.out; r += AHEAD)
         update_eight<T, TILE>(sums, pool, pages, b, (uint32_t)(width - (column - panel)),
                               (uint32_t)width, v, r, rank);
 #pragma unroll
     for (int t = 0; t < TILE; t++) {
-        if (t >= work.count) break;
-        float *y = target.y + (size_t)(segment->token_first + work.first + t) *
-                                  (size_t)target.stride + column;
+        if (t >= count) break;
+        float *y = target.y + (size_t)(work.token + t0 + t) * (size_t)target.stride + column;
 #pragma unroll
         for (int i = 0; i < EIGHT; i++)
-            if (column + i < target.out) y[i] += segment->weight * sums[t][i];
+            if (column + i < target.out) y[i] += work.weight * sums[t][i];
+    }
+}
+
+// Grid (columns / COLUMNS, modules, items).
+template <typename T, int TILE>
+__global__ void __launch_bounds__(COLUMN_THREADS)
+    expand_kernel(paged<T> pool, const __grid_constant__ device_launch<T> launch) {
+    const lora_item work = launch.items[blockIdx.z];
+    if (work.token < 0) return;
+    const device_target target = launch.target[blockIdx.y];
+    if (work.module[target.module].rank == 0 || (int)blockIdx.x * COLUMNS >= target.out)
+        return; // the whole block
+    int column = blockIdx.x * COLUMNS + threadIdx.x * EIGHT;
+    for (int t = 0; t < work.count; t += TILE) {
+        if (t > 0) __syncthreads(); // v of the tokens before has been read
+        expand_tokens<T, TILE>(pool, launch, work, blockIdx.y, column, t,
+                               work.count - t < TILE ? work.count - t : TILE);
     }
 }
 
 // ------------------------------------------------------------------ launchers
 
 enum { GRID_Z_MAX = 65535 };
+
+template <typename T>
+static void plain_shrink(struct backend *b, cudaStream_t stream, const struct lora_launch *launch,
+                         const struct step_counts *n, const device_launch<T> &to, int items) {
+    dim3 grid(cuda_blocks((size_t)n->rank_max, RANKS), (unsigned)launch->target_count,
+              (unsigned)items);
+    dim3 block(SHRINK_WARPS * WARP);
+    paged<T> pool = cuda_layer<T>(b, launch->layer);
+    size_t bytes = PIECE * sizeof(float);
+    if (n->lora_tile == 1)
+        CUDA_LAUNCH((shrink_kernel<T, 1>), grid, block, bytes, stream, pool, to);
+    else CUDA_LAUNCH((shrink_kernel<T, TILE_MAX>), grid, block, TILE_MAX * bytes, stream, pool, to);
+}
+
+template <typename T>
+static void plain_expand(struct backend *b, const struct lora_launch *launch, int tile, int out_max,
+                         const device_launch<T> &to, int items) {
+    dim3 grid(cuda_blocks((size_t)out_max, COLUMNS), (unsigned)launch->target_count,
+              (unsigned)items);
+    dim3 block(COLUMN_THREADS);
+    paged<T> pool = cuda_layer<T>(b, launch->layer);
+    size_t bytes = LORA_RANK_MAX * sizeof(float);
+    if (tile == 1) CUDA_LAUNCH((expand_kernel<T, 1>), grid, block, bytes, b->stream, pool, to);
+    else
+        CUDA_LAUNCH((expand_kernel<T, TILE_MAX>), grid, block, TILE_MAX * bytes, b->stream, pool,
+                    to);
+}
+
+// f32 has no tiles.
+static bool has_tiles(const struct lora_launch *launch, const device_launch<bf16> &) {
+    return lora_tiles_fit(launch);
+}
+static bool has_tiles(const struct lora_launch *, const device_launch<float> &) {
+    return false;
+}
+static void tiles_shrink(struct backend *b, cudaStream_t stream, const struct lora_launch *launch,
+                         const struct step_counts *n, const device_launch<bf16> &to, int items) {
+    lora_tiles_shrink(b, stream, launch->layer, launch->target_count, n, to, items);
+}
+static void tiles_shrink(struct backend *, cudaStream_t, const struct lora_launch *,
+                         const struct step_counts *, const device_launch<float> &, int) {}
+static void tiles_expand(struct backend *b, const struct lora_launch *launch, int out_max,
+                         const struct step_counts *n, const device_launch<bf16> &to, int items) {
+    lora_tiles_expand(b, launch->layer, launch->target_count, out_max, n, to, items);
+}
+static void tiles_expand(struct backend *, const struct lora_launch *, int,
+                         const struct step_counts *, const device_launch<float> &, int) {}
 
 // `launch` as kernels see it, and the step that it is part of.
 template <typename T>
@@ -180,8 +230,12 @@ static device_launch<T> prepare(struct backend *b, const struct lora_launch *lau
     wanted.segments = launch->segments;
     wanted.segment_count = launch->segment_count;
     *step = cuda_step(b, &wanted);
-    device_launch<T> to = {(*step)->segments, (*step)->lora_items, (*step)->lora_pages,
-                           (const T *)launch->x, launch->v, launch->in, {}};
+    const struct step_counts *n = &(*step)->counts;
+    device_launch<T> to = {(*step)->lora_items, (*step)->lora_pages, (const T *)launch->x, NULL,
+                           n->v_rows, launch->in, {}};
+    to.v = (float *)cuda_scratch(b, SCRATCH_V, has_tiles(launch, to)
+                                                   ? lora_tiles_v_bytes(n, launch->in)
+                                                   : (size_t)n->v_rows * V_ROW * sizeof(float));
     for (int t = 0; t < launch->target_count; t++)
         to.target[t] = {launch->target[t].module, (float *)launch->target[t].y,
                         launch->target[t].out, launch->target[t].stride};
@@ -192,43 +246,38 @@ template <typename T> static void shrink(struct backend *b, const struct lora_la
     const struct device_step *step;
     device_launch<T> to = prepare<T>(b, launch, &step);
     const struct step_counts *n = &step->counts;
-    paged<T> pool = cuda_layer<T>(b, launch->layer);
+    if (n->lora_items == 0) return;
+    cudaStream_t stream = b->side ? b->side : b->stream;
+    if (b->side) {
+        cuda_check(b, cudaEventRecord(b->fork, b->stream), "an event");
+        cuda_check(b, cudaStreamWaitEvent(b->side, b->fork), "an event");
+    }
     for (int left = n->lora_items; left > 0; left -= GRID_Z_MAX, to.items += GRID_Z_MAX) {
-        dim3 grid(cuda_blocks((size_t)n->rank_max, RANKS), (unsigned)launch->target_count,
-                  (unsigned)(left < GRID_Z_MAX ? left : GRID_Z_MAX));
-        dim3 block(SHRINK_WARPS * WARP);
-        size_t shared = (size_t)n->lora_tile * PIECE * sizeof(float);
-        if (n->lora_tile == 1)
-            CUDA_LAUNCH((shrink_kernel<T, 1>), grid, block, shared, b->stream, pool, to);
-        else CUDA_LAUNCH((shrink_kernel<T, TILE_MAX>), grid, block, shared, b->stream, pool, to);
+        int items = left < GRID_Z_MAX ? left : GRID_Z_MAX;
+        if (has_tiles(launch, to)) tiles_shrink(b, stream, launch, n, to, items);
+        else plain_shrink(b, stream, launch, n, to, items);
     }
-}
-
-template <typename T>
-static void expand_wave(struct backend *b, const struct lora_launch *launch, device_launch<T> to,
-                        int tile, int items) {
-    paged<T> pool = cuda_layer<T>(b, launch->layer);
-    int out_max = 0;
-    for (int t = 0; t < launch->target_count; t++)
-        if (launch->target[t].out > out_max) out_max = launch->target[t].out;
-    for (int left = items; left > 0; left -= GRID_Z_MAX, to.items += GRID_Z_MAX) {
-        dim3 grid(cuda_blocks((size_t)out_max, COLUMNS), (unsigned)launch->target_count,
-                  (unsigned)(left < GRID_Z_MAX ? left : GRID_Z_MAX));
-        dim3 block(COLUMN_THREADS);
-        size_t shared = (size_t)tile * LORA_RANK_MAX * sizeof(float);
-        if (tile == 1) CUDA_LAUNCH((expand_kernel<T, 1>), grid, block, shared, b->stream, pool, to);
-        else CUDA_LAUNCH((expand_kernel<T, TILE_MAX>), grid, block, shared, b->stream, pool, to);
-    }
+    if (b->side) cuda_check(b, cudaEventRecord(b->join, b->side), "an event");
 }
 
 template <typename T> static void expand(struct backend *b, const struct lora_launch *launch) {
     const struct device_step *step;
     device_launch<T> to = prepare<T>(b, launch, &step);
     const lora_item *items = to.items;
+    int out_max = 0;
+    for (int t = 0; t < launch->target_count; t++)
+        if (launch->target[t].out > out_max) out_max = launch->target[t].out;
+    const struct step_counts *n = &step->counts;
+    if (b->side && n->lora_items > 0)
+        cuda_check(b, cudaStreamWaitEvent(b->stream, b->join), "an event");
     for (int wave = 0; wave < step->waves; wave++) {
-        to.items = items + step->wave_first[wave];
-        expand_wave(b, launch, to, step->counts.lora_tile,
-                    step->wave_first[wave + 1] - step->wave_first[wave]);
+        int end = step->wave_first[wave + 1];
+        for (int first = step->wave_first[wave]; first < end; first += GRID_Z_MAX) {
+            int count = end - first < GRID_Z_MAX ? end - first : GRID_Z_MAX;
+            to.items = items + first;
+            if (has_tiles(launch, to)) tiles_expand(b, launch, out_max, n, to, count);
+            else plain_expand(b, launch, n->lora_tile, out_max, to, count);
+        }
     }
 }
 

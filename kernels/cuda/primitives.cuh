@@ -27,6 +27,14 @@ template <typename T> __device__ inline shared<T> dynamic_shared() {
 __device__ inline float warp_exchange(float value, int bits) {
     return __shfl_xor_sync(0xffffffffu, value, bits);
 }
+
+// d [16, 8] += a [16, 16] b [16, 8] on a tensor core: a and b bf16, in fragments (tiles.cuh).
+__device__ inline void mma_16x8x16(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 #endif
 
 enum { WARP = 32 };
@@ -95,18 +103,30 @@ template <typename T> __device__ inline T from_float(float value);
 template <> __device__ inline float from_float<float>(float value) {
     return value;
 }
-template <> __device__ inline bf16 from_float<bf16>(float value) {
+#ifdef LORAD_EMULATE
+template <> inline bf16 from_float<bf16>(float value) {
     uint32_t bits = float_to_bits(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {(uint16_t)(bits >> 16 | 0x40u)};
+    return {(uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
+}
+
+// Two bf16 in a word, the first in its low half.
+inline uint32_t pack(float low, float high) {
+    return (uint32_t)from_float<bf16>(low).bits | (uint32_t)from_float<bf16>(high).bits << 16;
+}
+#else
+template <> __device__ inline bf16 from_float<bf16>(float value) {
     bf16 result;
-    if ((bits & 0x7fffffffu) > 0x7f800000u) result.bits = (uint16_t)(bits >> 16 | 0x40u);
-    else result.bits = (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
     return result;
 }
 
-// What a value becomes when a matmul of T reads it.
-template <typename T> __device__ inline float rounded(float value) {
-    return to_float(from_float<T>(value));
+__device__ inline uint32_t pack(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
 }
+#endif
 
 // ------------------------------------------------------------------ eight elements at once
 
@@ -136,17 +156,35 @@ __device__ inline void load_eight(float to[EIGHT], const float *from) {
 
 // ------------------------------------------------------------------ pages
 
+// A division by what is known before a launch, as a multiplication (T. Granlund, P. Montgomery,
+// "Division by invariant integers using multiplication", 1994): right below 2^31.
+struct divisor {
+    uint32_t value, factor, shift;
+};
+
+inline divisor divisor_of(uint32_t value) {
+    uint32_t shift = 0;
+    while (((uint64_t)1 << shift) < value) shift++;
+    uint64_t more = ((uint64_t)1 << shift) - value;
+    return {value, (uint32_t)((more << 32) / value + 1), shift};
+}
+
+__device__ inline uint32_t divided(uint32_t n, const divisor &by) {
+    return ((uint32_t)((uint64_t)n * by.factor >> 32) + n) >> by.shift;
+}
+
 // One layer of the pool: page p begins at base + p * elems. elems is a multiple of 8, so that eight
 // elements at a multiple of 8 never lie in two pages.
 template <typename T> struct paged {
     T *base;
     uint32_t elems;
+    divisor by_elems;
 };
 
 // Element e of what lies in `pages`.
 template <typename T>
 __device__ inline T *paged_at(const paged<T> &pool, const int32_t *pages, uint32_t e) {
-    uint32_t page = e / pool.elems;
+    uint32_t page = divided(e, pool.by_elems);
     return pool.base + (size_t)pages[page] * pool.elems + (e - page * pool.elems);
 }
 

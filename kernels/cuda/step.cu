@@ -41,7 +41,7 @@ static void round_counts(struct step_counts *n) {
     n->tokens = rounded_rows(n->tokens);
     n->logits = rounded_rows(n->logits);
     int32_t *others[] = {&n->narrow_items, &n->wide_items, &n->merges, &n->partials, &n->kv_pages,
-                         &n->segments, &n->lora_items, &n->lora_pages, &n->rank_max, &n->v_rows};
+                         &n->lora_items, &n->lora_pages, &n->rank_max, &n->v_rows};
     for (int32_t *count : others) *count = rounded_up(*count);
 }
 

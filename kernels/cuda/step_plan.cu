@@ -2,7 +2,7 @@
 // together once a step in one piece of page-locked memory, whose layout follows from its counts.
 //
 // Entries beyond a step's own (where counts were rounded up, for a recording) say that there is
-// nothing to do: token or segment -1, slot -1. Rows beyond its tokens embed token 0.
+// nothing to do: token -1, slot -1. Rows beyond its tokens embed token 0.
 #include "kernels/cuda/cuda_internal.cuh"
 
 // ------------------------------------------------------------------ attention
@@ -24,13 +24,13 @@ static int group_of(const struct backend *b, const struct step *step) {
 // neighbours.
 static bool is_narrow(const struct backend *b, const struct step *step,
                       const struct attention_span *span) {
-    if (!cuda_has_tiles(b)) return span->token_count == 1;
+    if (!cuda_attention_tiles(b, step->query_heads)) return span->token_count == 1;
     return span->token_count * group_of(b, step) <= NARROW_ROWS;
 }
 
 // Tokens of an item that is not cut.
 static int wide_tokens(const struct backend *b, const struct step *step) {
-    return cuda_has_tiles(b) ? WIDE_ROWS / group_of(b, step) : 1;
+    return cuda_attention_tiles(b, step->query_heads) ? WIDE_ROWS / group_of(b, step) : 1;
 }
 
 static void count_attention(const struct backend *b, const struct step *step,
@@ -107,19 +107,16 @@ static int rank_of(const struct lora_segment *segment) {
     return most;
 }
 
-// Tokens of an item: one where all are decodes, so that none is computed in vain.
-static int lora_tile(const struct backend *b, const struct step *step) {
-    enum { TILE = 16, PLAIN_TILE = 8 };
-    if (cuda_has_tiles(b)) return TILE;
+// Tokens of an item at most: one where every segment is a decode.
+static int lora_tile(const struct step *step) {
+    enum { TILE = 16 };
     for (int s = 0; s < step->segment_count; s++)
-        if (step->segments[s].token_count > 1) return PLAIN_TILE;
+        if (step->segments[s].token_count > 1) return TILE;
     return 1;
 }
 
-static void count_lora(const struct backend *b, const struct step *step,
-                       struct step_counts *counts) {
-    int tile = counts->lora_tile = lora_tile(b, step);
-    counts->segments = step->segment_count;
+static void count_lora(const struct step *step, struct step_counts *counts) {
+    int tile = counts->lora_tile = lora_tile(step);
     for (int s = 0; s < step->segment_count; s++) {
         const struct lora_segment *segment = &step->segments[s];
         int rank = rank_of(segment), row = segment->v_first + segment->token_count;
@@ -147,8 +144,10 @@ static int segment_wave(const struct step *step, const uint8_t *waves, int s, in
     return wave;
 }
 
-static device_segment segment_describe(const struct lora_segment *segment, int pages_first) {
-    device_segment to = {segment->token_first, segment->v_first, pages_first, segment->weight, {}};
+// The item of the segment's first tokens.
+static lora_item item_of(const struct lora_segment *segment, int pages) {
+    lora_item to = {segment->token_first, segment->token_count, segment->v_first, pages,
+                    segment->weight, {}};
     for (int m = 0; m < LORA_MODULES; m++) {
         VERIFY_OP(segment->rank[m], <=, LORA_RANK_MAX);
         VERIFY_OP(segment->b_offset[m], <, INT32_MAX);
@@ -158,34 +157,37 @@ static device_segment segment_describe(const struct lora_segment *segment, int p
     return to;
 }
 
-static void fill_lora(const struct backend *b, struct device_step *plan, device_segment *segments,
-                      lora_item *items, int32_t *pages) {
+static void fill_lora(struct device_step *plan, lora_item *items, int32_t *pages) {
     const struct step *step = &plan->source;
-    int count = step->segment_count, used = 0, end = 0, made = 0;
+    int count = step->segment_count, used = 0, end = 0, made = 0, tile = plan->counts.lora_tile;
     uint8_t *waves = (uint8_t *)mem_zalloc((size_t)count + 1, 1);
     plan->waves = 0;
     for (int s = 0; s < count; s++) {
         const struct lora_segment *segment = &step->segments[s];
         int segment_end = segment->token_first + segment->token_count;
-        segments[s] = segment_describe(segment, used);
         if (rank_of(segment) == 0) continue;
         waves[s] = (uint8_t)segment_wave(step, waves, s, end);
         VERIFY_OP(waves[s], <, WAVES_MAX);
         if (waves[s] >= plan->waves) plan->waves = waves[s] + 1;
         if (segment_end > end) end = segment_end;
-        memcpy(pages + used, segment->pages, (size_t)segment->page_count * sizeof *pages);
-        used += segment->page_count;
     }
     for (int wave = 0; wave < plan->waves; wave++) {
         plan->wave_first[wave] = made;
         for (int s = 0; s < count; s++) {
-            int tokens = step->segments[s].token_count, tile = plan->counts.lora_tile;
-            if (waves[s] != wave || rank_of(&step->segments[s]) == 0) continue;
-            for (int first = 0; first < tokens; first += tile)
-                items[made++] = {s, first, tokens - first < tile ? tokens - first : tile};
+            const struct lora_segment *segment = &step->segments[s];
+            if (waves[s] != wave || rank_of(segment) == 0) continue;
+            lora_item item = item_of(segment, used);
+            for (int left = segment->token_count; left > 0; left -= tile) {
+                item.count = left < tile ? left : tile;
+                items[made++] = item;
+                item.token += tile;
+                item.v_row += tile;
+            }
+            memcpy(pages + used, segment->pages, (size_t)segment->page_count * sizeof *pages);
+            used += segment->page_count;
         }
     }
-    for (; made < plan->counts.lora_items; made++) items[made].segment = -1;
+    for (; made < plan->counts.lora_items; made++) items[made].token = -1;
     plan->wave_first[plan->waves] = made;
     free(waves);
 }
@@ -197,7 +199,7 @@ struct step_counts cuda_step_count(const struct backend *b, const struct step *s
     counts.tokens = step->token_count;
     counts.logits = step->logit_count;
     if (step->span_count > 0) count_attention(b, step, &counts);
-    count_lora(b, step, &counts);
+    count_lora(step, &counts);
     return counts;
 }
 
@@ -219,7 +221,6 @@ struct step_parts {
     int32_t *ids, *positions, *slots, *logit_rows, *kv_pages, *lora_pages;
     attention_item *items;
     merge_item *merges;
-    device_segment *segments;
     lora_item *lora_items;
 };
 
@@ -233,7 +234,6 @@ static size_t carve_parts(const struct step_counts *n, void *host, void *device,
     parts->items = carve(&at, n->narrow_items + n->wide_items, &to->items);
     parts->merges = carve(&at, n->merges, &to->merges);
     parts->kv_pages = carve(&at, n->kv_pages, &to->kv_pages);
-    parts->segments = carve(&at, n->segments, &to->segments);
     parts->lora_items = carve(&at, n->lora_items, &to->lora_items);
     parts->lora_pages = carve(&at, n->lora_pages, &to->lora_pages);
     return at.used;
@@ -262,5 +262,5 @@ void cuda_step_fill(const struct backend *b, struct device_step *plan, void *hos
     fill_array(parts.logit_rows, step->logit_rows, step->logit_count, n->logits, 0);
     if (step->span_count > 0)
         fill_attention(b, step, n, parts.items, parts.merges, parts.kv_pages);
-    fill_lora(b, plan, parts.segments, parts.lora_items, parts.lora_pages);
+    fill_lora(plan, parts.lora_items, parts.lora_pages);
 }

@@ -15,9 +15,9 @@ OPTIONS = ("--adapter", "a=dummy:rank=16,seed=7,modules=all",
            "--adapter", "c=dummy:rank=33,seed=9,modules=all", "--dtype", "f32")
 
 
-def answers(device, monkeypatch, program):
+def answers(device, monkeypatch, program, options=OPTIONS):
     monkeypatch.setattr(server, "LORAD", program)
-    one = Server(*OPTIONS, "--device", device)
+    one = Server(*options, "--device", device)
     models = [m["id"] for m in one.request("GET", "/v1/models")[1]["data"]]
     asked = [dict(model=models[i % 4], prompt=[(7 * i + j * j) % 500 + 2 for j in range(5 + 9 * i)],
                   max_tokens=12) for i in range(8)]
@@ -32,6 +32,35 @@ def test_same_tokens_as_the_cpu(monkeypatch):
     cpu = answers("cpu", monkeypatch, server.LORAD)
     assert answers("cuda", monkeypatch, EMULATED) == cpu
     assert len({tuple(t) for t in cpu}) == 8
+
+
+@pytest.mark.skipif(not os.path.exists(EMULATED), reason="the emulation is for x86-64")
+def test_tensor_cores_recorded_and_beside_each_other(monkeypatch):
+    """bf16 at widths of whole tiles: the same tokens whether steps are recorded and replayed, with
+    LoRA on a stream of its own, or queued one operation after the other; and first tokens' log
+    probabilities as the CPU backend has them, as far as bf16 goes."""
+    wide = {**server.CONFIG, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    monkeypatch.setattr(server, "CONFIG", wide)
+    options = (*OPTIONS[:-1], "bf16")
+    monkeypatch.setenv("LORAD_CUDA_GRAPHS", "0")
+    queued = answers("cuda", monkeypatch, EMULATED, options)
+    monkeypatch.setenv("LORAD_CUDA_GRAPHS", "1")
+    monkeypatch.setenv("LORAD_CUDA_OVERLAP", "1")
+    assert answers("cuda", monkeypatch, EMULATED, options) == queued
+    assert len({tuple(t) for t in queued}) == 8
+    probabilities = []
+    for device, program in ("cpu", server.LORAD), ("cuda", EMULATED):
+        monkeypatch.setattr(server, "LORAD", program)
+        one = Server(*options, "--device", device)
+        models = [m["id"] for m in one.request("GET", "/v1/models")[1]["data"]]
+        firsts = [one.complete(model=model, prompt=list(range(5, 45)), max_tokens=1, temperature=0,
+                               logprobs=5)[1]["choices"][0]["logprobs"]["top_logprobs"][0]
+                  for model in models]
+        probabilities.append(firsts)
+        assert one.stop() == 0
+    for cpu, cuda in zip(*probabilities):
+        shared = cpu.keys() & cuda.keys()
+        assert len(shared) >= 4 and all(abs(cpu[t] - cuda[t]) < 0.02 for t in shared), (cpu, cuda)
 
 
 @pytest.mark.skipif(not os.path.exists(EMULATED), reason="the emulation is for x86-64")

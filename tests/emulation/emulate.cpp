@@ -12,17 +12,19 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 uint64_t emulate_seed = 1, emulate_launches;
 
 enum { THREADS_MAX = 1024, LANES = 32, STACK_BYTES = 64 << 10, SHARED_MAX = 228 << 10 };
-enum wait { RUNS, AT_BLOCK, AT_WARP, DONE };
+enum wait { RUNS, AT_BLOCK, AT_WARP, DONE, WAITS };
 
 struct fiber {
     void *stack_pointer;
     char *stack;
+    dim3 index;
     wait waits;
     int meetings; // of its warp that it has come to: its parity names the buffer
     int syncs;    // of them, those that order memory
 };
 
 static fiber fibers[THREADS_MAX];
+static int lanes_in[THREADS_MAX / LANES][WAITS]; // of each warp: how many are in which state
 static int fiber_count, current;
 static void *scheduler_pointer;
 static const std::function<void()> *thread_function;
@@ -115,8 +117,15 @@ void emulate_shared_write(const void *word) {
 
 // ------------------------------------------------------------------ threads
 
+static void set_state(int thread, wait what) {
+    int *lanes = lanes_in[thread / LANES];
+    lanes[fibers[thread].waits]--;
+    lanes[what]++;
+    fibers[thread].waits = what;
+}
+
 static void wait_for(wait what) {
-    fibers[current].waits = what;
+    set_state(current, what);
     emulate_switch(&fibers[current].stack_pointer, scheduler_pointer);
 }
 
@@ -201,55 +210,49 @@ static void fiber_start(fiber *f) {
 
 static void fiber_run(int index) {
     current = index;
-    unsigned i = static_cast<unsigned>(index);
-    threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    threadIdx = fibers[index].index;
     emulate_switch(&scheduler_pointer, fibers[index].stack_pointer);
 }
 
 // Runs a warp's threads until each waits or has ended; lets them go again when they met.
 static void warp_run(int warp, const std::vector<int> &lanes) {
-    int end = warp + LANES, at_warp = 0;
+    int first = warp * LANES;
     for (int lane : lanes)
-        if (fibers[warp + lane].waits == RUNS) fiber_run(warp + lane);
-    for (int i = warp; i < end; i++) at_warp += fibers[i].waits == AT_WARP;
-    if (at_warp == 0) return;
-    if (at_warp < LANES) fail("some lanes of a warp meet, others wait or have ended");
-    for (int i = warp; i < end; i++) {
-        if (fibers[i].meetings != fibers[warp].meetings)
+        if (fibers[first + lane].waits == RUNS) fiber_run(first + lane);
+    if (lanes_in[warp][AT_WARP] == 0) return;
+    if (lanes_in[warp][AT_WARP] < LANES) fail("some lanes of a warp meet, others wait or have ended");
+    for (int i = first; i < first + LANES; i++) {
+        if (fibers[i].meetings != fibers[first].meetings)
             fail("lanes of a warp meet a different number of times");
-        fibers[i].waits = RUNS;
+        set_state(i, RUNS);
     }
-}
-
-static bool warp_runs(int warp) {
-    for (int i = warp; i < warp + LANES; i++)
-        if (fibers[i].waits == RUNS) return true;
-    return false;
 }
 
 // Warps go ahead of each other as chance has it, as far as barriers let them.
 static void block_run(uint64_t *random, const std::vector<int> &lanes, size_t shared_bytes) {
     uint32_t nan = 0x7fc0dead;
+    int warps = fiber_count / LANES;
     for (size_t at = 0; at + 4 <= shared_bytes; at += 4) memcpy(shared_memory + at, &nan, 4);
     for (int i = 0; i < fiber_count; i++) fiber_start(&fibers[i]);
+    memset(lanes_in, 0, sizeof lanes_in);
+    for (int warp = 0; warp < warps; warp++) lanes_in[warp][RUNS] = LANES;
     shared_size = shared_bytes;
     barriers++; // no word remembers another block
     for (;;) {
         int runnable[THREADS_MAX / LANES], count = 0, done = 0, at_block = 0;
-        for (int warp = 0; warp < fiber_count; warp += LANES)
-            if (warp_runs(warp)) runnable[count++] = warp;
+        for (int warp = 0; warp < warps; warp++) {
+            if (lanes_in[warp][RUNS] > 0) runnable[count++] = warp;
+            done += lanes_in[warp][DONE];
+            at_block += lanes_in[warp][AT_BLOCK];
+        }
         if (count > 0) {
             warp_run(runnable[random_next(random) % static_cast<uint64_t>(count)], lanes);
             continue;
         }
-        for (int i = 0; i < fiber_count; i++) {
-            done += fibers[i].waits == DONE;
-            at_block += fibers[i].waits == AT_BLOCK;
-        }
         if (done == fiber_count) return;
         if (at_block < fiber_count) fail("some threads ended while others wait at a barrier");
         barriers++;
-        for (int i = 0; i < fiber_count; i++) fibers[i].waits = RUNS;
+        for (int i = 0; i < fiber_count; i++) set_state(i, RUNS);
     }
 }
 
@@ -266,6 +269,8 @@ void emulate_launch(const char *name, dim3 grid, dim3 block, size_t shared_bytes
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
         fail("a grid has 1 to 65,535 blocks in y and z");
     if (shared_bytes > SHARED_MAX) fail("more shared memory than a device has");
+    for (unsigned i = 0; i < static_cast<unsigned>(fiber_count); i++)
+        fibers[i].index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
     uint64_t state = emulate_seed + 7919 * ++emulate_launches;
     std::vector<int> lanes;
     for (int i = 0; i < LANES; i++) lanes.push_back(i);

@@ -27,11 +27,15 @@
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__
 
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct __attribute__((aligned(16))) float4 {
+    float x, y, z, w;
 };
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 

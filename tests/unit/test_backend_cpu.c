@@ -580,6 +580,12 @@ static const struct lora_case lora_cases[] = {
     // tokens in several segments, not the same ones
     {96, {200}, 1, 1, 32, 4, {{0, 9, {8}}, {0, 9, {24}}, {4, 5, {200}}, {9, 3, {16}}}},
     {2048, {2048}, 1, 4, 64, 2, {{0, 1, {16}}, {1, 16, {64}}}},
+    // whole panels: tiles of tensor cores; ranks and tokens about a tile's 16, rows over page ends
+    {128, {192, 64, 64}, 3, 1, 16, 6,
+     {{0, 1, {8, 16, 1}}, {1, 1, {0, 17, 64}}, {2, 15, {16, 5, 0}}, {17, 16, {15, 16, 256}},
+      {33, 17, {33, 1, 16}}, {50, 3, {100, 31, 32}}}},
+    // tokens in several segments; x in more than one depth
+    {2112, {128}, 1, 1, 32, 4, {{0, 9, {8}}, {0, 20, {24}}, {4, 5, {200}}, {20, 1, {16}}}},
 };
 
 struct lora_rig {
@@ -657,14 +663,14 @@ static void lora_rig_init(struct lora_rig *rig, struct backend *b, const struct 
         segment->page_count = (int32_t)((used + page_elems - 1) / page_elems);
     }
     free(image);
-    for (int t = 0; t < c->target_count; t++) rig->stride += c->out[t] + 3; // columns of others
+    for (int t = 0; t < c->target_count; t++) rig->stride += c->out[t] + 4; // columns of others
     rig->x = random_floats((size_t)rig->tokens * (size_t)c->in);
     size_t y_count = (size_t)rig->tokens * (size_t)rig->stride;
     rig->y = random_floats(y_count);
     // Others' columns are minus zero: even adding nothing to them shows.
     for (int token = 0; token < rig->tokens; token++)
-        for (int t = 0, column = 0; t < c->target_count; column += c->out[t] + 3, t++)
-            for (int i = 0; i < 3; i++)
+        for (int t = 0, column = 0; t < c->target_count; column += c->out[t] + 4, t++)
+            for (int i = 0; i < 4; i++)
                 rig->y[token * rig->stride + column + c->out[t] + i] = -0.0f;
     rig->before = mem_alloc(y_count * sizeof *rig->before);
     memcpy(rig->before, rig->y, y_count * sizeof *rig->y);
@@ -674,7 +680,7 @@ static void lora_rig_init(struct lora_rig *rig, struct backend *b, const struct 
                                        .target_count = c->target_count,
                                        .segments = rig->segments,
                                        .segment_count = c->segment_count, .v = rig->v};
-    for (int t = 0, column = 0; t < c->target_count; column += c->out[t] + 3, t++) {
+    for (int t = 0, column = 0; t < c->target_count; column += c->out[t] + 4, t++) {
         rig->launch.target[t].module = (enum lora_module)t;
         rig->launch.target[t].y = rig->y + column;
         rig->launch.target[t].out = c->out[t];
@@ -740,7 +746,7 @@ static void lora_check(struct backend *b, const struct setup *setup, const struc
             expected[i] = rig.before[token * rig.stride + i];
             size[i] = 0;
         }
-        for (int t = 0, column = 0; t < c->target_count; column += c->out[t] + 3, t++)
+        for (int t = 0, column = 0; t < c->target_count; column += c->out[t] + 4, t++)
             for (int s = 0; s < c->segment_count; s++) {
                 int place = token - rig.segments[s].token_first;
                 if (place >= 0 && place < rig.segments[s].token_count)

@@ -130,6 +130,9 @@ static void all_in_one_batch(void **state) {
 
 // Sequences in any order, each step feeding a random part of some: prefill chunks and decodes of
 // different adapters mixed, segments in any order.
+#ifdef LORAD_EMULATE
+extern uint64_t emulate_replays;
+#endif
 static void random_batches(void **state) {
     static struct run runs[RUNS_MAX];
     for (int b = 0; b < BACKENDS; b++)
@@ -161,6 +164,9 @@ static void random_batches(void **state) {
             close_runs(&rig, runs, count);
             rig_close(&rig);
         }
+#ifdef LORAD_EMULATE
+    assert_true(emulate_replays > 0); // steps of a shape that came again
+#endif
 }
 
 // bf16 keeps 8 significant bits: a rounding errs by 2^-9 at most. About 12 of them a layer (weights,
