@@ -13,6 +13,7 @@
 
 #include "base/dtype.h"
 #include "base/error.h"
+#include "kernels/draw.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -83,6 +84,7 @@ struct step {
     int segment_count;
     const int32_t *logit_rows; // [logit_count] tokens whose logits are wanted
     int logit_count;
+    const struct draw *draws; // [logit_count] how `draw` chooses a row's token; NULL: nobody asks
     bool repeats; // steps of this shape come again: a backend may record its operations
 };
 
@@ -190,6 +192,10 @@ struct backend_ops {
     // y[i] = x[rows[i]] (rows on the host): the tokens whose logits are wanted.
     void (*gather_rows)(struct backend *b, void *y, const void *x, const int32_t *rows, int count,
                         int hidden);
+    // ids[i], device memory: the token of row i of logits [count, V], activations, by draws[i]
+    // (kernels/draw.h; on the host); rows of DRAW_NONE are left alone. NULL: the host draws.
+    void (*draw)(struct backend *b, int32_t *ids, const void *logits, const struct draw *draws,
+                 int count, int vocabulary);
 };
 
 extern const struct backend_ops backend_cpu;

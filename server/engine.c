@@ -86,6 +86,7 @@ static void batch_create(struct engine_batch *batch, const struct engine_options
     batch->spans = mem_zalloc(sequences, sizeof *batch->spans);
     batch->segments = mem_zalloc(sequences * REQUEST_ADAPTERS_MAX, sizeof *batch->segments);
     batch->logit_rows = mem_zalloc(sequences, sizeof *batch->logit_rows);
+    batch->draws = mem_zalloc(sequences, sizeof *batch->draws);
 }
 
 static void batch_destroy(struct engine_batch *batch) {
@@ -95,6 +96,7 @@ static void batch_destroy(struct engine_batch *batch) {
     free(batch->spans);
     free(batch->segments);
     free(batch->logit_rows);
+    free(batch->draws);
 }
 
 // Everything that the steps will ever need.

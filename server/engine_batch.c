@@ -105,8 +105,13 @@ static void add_rows(struct builder *builder, struct sequence *sequence) {
     sequence->row_count = item->rows_all ? item->planned : finishes + item->drafts;
     VERIFY_OP(builder->rows + sequence->row_count, <=, builder->engine->options.sequences_max);
     int last = sequence->token_first + item->planned + item->drafts;
-    for (int i = 0; i < sequence->row_count; i++)
+    for (int i = 0; i < sequence->row_count; i++) {
+        int ahead = i - (sequence->row_count - 1 - item->drafts);
+        builder->batch->draws[builder->rows] =
+            item->rows_all ? (struct draw){.kind = DRAW_NONE}
+                           : engine_draw_of(builder->engine, sequence, ahead);
         builder->batch->logit_rows[builder->rows++] = last - sequence->row_count + i;
+    }
 }
 
 // The image's end is the end of its last module's B.
@@ -159,5 +164,6 @@ void engine_batch_build(struct engine *engine) {
                                 .segment_count = builder.segments,
                                 .logit_rows = batch->logit_rows,
                                 .logit_count = builder.rows,
+                                .draws = engine->ops->draw ? batch->draws : NULL,
                                 .repeats = true};
 }

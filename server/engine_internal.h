@@ -30,6 +30,7 @@ struct engine_batch {
     struct attention_span *spans;     // [sequences_max]
     struct lora_segment *segments;    // [sequences_max * REQUEST_ADAPTERS_MAX]
     int32_t *logit_rows;              // [sequences_max]
+    struct draw *draws;               // [sequences_max]
     struct step step;
     int drafts;   // of its tokens
     int adapters; // distinct ones
@@ -153,8 +154,11 @@ void engine_learn_drafts(struct sequence *sequence, int drafts, int accepted);
 void engine_batch_build(struct engine *engine);
 
 // engine_output.c
-// Advances every planned sequence by the step just computed; their rows of logits become events.
-void engine_take_rows(struct engine *engine, const float *logits, double now_s);
+// Advances every planned sequence by the step just computed; their rows become events.
+void engine_take_rows(struct engine *engine, const struct model_rows *rows, double now_s);
+// How the token `ahead` tokens after the sequence's next one is drawn; DRAW_NONE where that takes
+// the row's logits on the host.
+struct draw engine_draw_of(const struct engine *engine, const struct sequence *sequence, int ahead);
 // Ends a request without a token: FINISH_ABORT with a status, or FINISH_LENGTH with STATUS_OK.
 void engine_end_early(struct engine *engine, struct sequence *sequence, enum finish_reason finish,
                       enum status status, double now_s);

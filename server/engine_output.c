@@ -99,10 +99,10 @@ void engine_end_with(struct engine *engine, struct sequence *sequence, enum stat
 
 // ------------------------------------------------------------------ tokens
 
-static int banned_ids(const struct engine *engine, const struct sequence *sequence,
+static int banned_ids(const struct engine *engine, const struct sequence *sequence, int generated,
                       int32_t banned[EOS_IDS_MAX + STOP_IDS_MAX]) {
     const struct request *request = sequence->request;
-    if (sequence_generated(sequence) >= request->sampling.min_tokens) return 0;
+    if (generated >= request->sampling.min_tokens) return 0;
     int count = 0;
     for (int i = 0; !request->sampling.ignore_eos && i < engine->config.eos_count; i++)
         banned[count++] = engine->config.eos_ids[i];
@@ -121,18 +121,36 @@ static bool is_stop_id(const struct engine *engine, const struct sequence *seque
     return false;
 }
 
-static void sample(struct engine *engine, const struct sequence *sequence, const float *logits,
-                   struct sampler_result *result) {
+// What the sampler is told of the token `ahead` tokens after the next one, but for the logits.
+static struct sampler_input input_of(const struct engine *engine, const struct sequence *sequence,
+                                     int ahead, int32_t banned[EOS_IDS_MAX + STOP_IDS_MAX]) {
     const struct request *request = sequence->request;
-    int32_t banned[EOS_IDS_MAX + STOP_IDS_MAX];
-    struct sampler_input input = {
-        .logits = logits, .vocabulary = engine->config.vocabulary,
-        .sampling = &request->sampling,
+    int generated = sequence_generated(sequence) + ahead;
+    return (struct sampler_input){
+        .vocabulary = engine->config.vocabulary, .sampling = &request->sampling,
         .prompt = sequence->tokens, .output = sequence->tokens + request->prompt_count,
-        .prompt_count = request->prompt_count, .output_count = sequence_generated(sequence),
-        .banned = banned, .banned_count = banned_ids(engine, sequence, banned),
-        .seed = sequence->seed, .position = (uint64_t)sequence->item.tokens_total,
+        .prompt_count = request->prompt_count, .output_count = generated,
+        .banned = banned, .banned_count = banned_ids(engine, sequence, generated, banned),
+        .seed = sequence->seed, .position = (uint64_t)(sequence->item.tokens_total + ahead),
         .stream = (uint32_t)request->choice};
+}
+
+struct draw engine_draw_of(const struct engine *engine, const struct sequence *sequence, int ahead) {
+    int32_t banned[EOS_IDS_MAX + STOP_IDS_MAX];
+    struct sampler_input input = input_of(engine, sequence, ahead, banned);
+    return sampler_draws_plainly(&input) ? sampler_draw(&input) : (struct draw){.kind = DRAW_NONE};
+}
+
+static void sample(struct engine *engine, const struct sequence *sequence,
+                   const struct model_rows *rows, int row, struct sampler_result *result) {
+    *result = (struct sampler_result){0};
+    if (rows->ids && engine->batch.draws[row].kind != DRAW_NONE) {
+        result->token = rows->ids[row];
+        return;
+    }
+    int32_t banned[EOS_IDS_MAX + STOP_IDS_MAX];
+    struct sampler_input input = input_of(engine, sequence, 0, banned);
+    input.logits = rows->logits + (size_t)row * (size_t)engine->config.vocabulary;
     sampler_sample(&input, engine->sampler_scratch, result);
 }
 
@@ -170,11 +188,11 @@ static void count_token(struct engine *engine, struct sequence *sequence, double
 }
 
 // One new token: drawn, appended, turned into text, and maybe the last one.
-static void generate(struct engine *engine, struct sequence *sequence, const float *logits,
-                     double now_s) {
+static void generate(struct engine *engine, struct sequence *sequence,
+                     const struct model_rows *rows, int row, double now_s) {
     const struct sampling *sampling = &sequence->request->sampling;
     struct sampler_result result;
-    sample(engine, sequence, logits, &result);
+    sample(engine, sequence, rows, row, &result);
     sequence_append(sequence, result.token);
     count_token(engine, sequence, now_s);
     struct engine_event *event = add_event(engine, sequence);
@@ -232,14 +250,13 @@ static void trim_pages(struct engine *engine, struct sequence *sequence) {
 // The first row gives the next token; as long as that is what was drafted, the row behind it was
 // computed with the right tokens before it and gives the one after. Whatever else the rows hold is
 // forgotten, and their places in the cache are written again.
-static void generate_rows(struct engine *engine, struct sequence *sequence, const float *rows,
-                          double now_s) {
+static void generate_rows(struct engine *engine, struct sequence *sequence,
+                          const struct model_rows *rows, int first, double now_s) {
     struct sched_item *item = &sequence->item;
     int drafts = item->drafts, accepted = 0, running = engine->running_count;
-    size_t vocabulary = (size_t)engine->config.vocabulary;
     for (;; accepted++) {
         int32_t draft = accepted < drafts ? sequence->tokens[item->tokens_total] : -1;
-        generate(engine, sequence, rows + (size_t)accepted * vocabulary, now_s);
+        generate(engine, sequence, rows, first + accepted, now_s);
         bool ended = engine->running_count < running;
         if (ended || sequence->tokens[item->tokens_total - 1] != draft) break;
         sequence_cached(sequence, 1);
@@ -252,32 +269,32 @@ static void generate_rows(struct engine *engine, struct sequence *sequence, cons
     trim_pages(engine, sequence);
 }
 
-static void take_rows(struct engine *engine, struct sequence *sequence, const float *logits,
-                      double now_s) {
+static void take_rows(struct engine *engine, struct sequence *sequence,
+                      const struct model_rows *rows, double now_s) {
     struct sched_item *item = &sequence->item;
     size_t vocabulary = (size_t)engine->config.vocabulary;
-    const float *rows = logits + (size_t)sequence->row_first * vocabulary;
     int first = item->tokens_cached;
     sequence_cached(sequence, item->planned);
     share_pages(engine, sequence);
     item->last_step = engine->step;
     for (int i = 0; item->rows_all && i < sequence->row_count; i++)
-        echo(engine, sequence, first + i, rows + (size_t)i * vocabulary);
+        echo(engine, sequence, first + i,
+             rows->logits + (size_t)(sequence->row_first + i) * vocabulary);
     if (sequence->echoed == sequence->request->prompt_count) item->rows_all = false;
     if (item->tokens_cached < item->tokens_total) return; // more of the prompt is to come
     VERIFY_OP(sequence->row_count, >, item->drafts);
     if (sequence->request->sampling.max_tokens == 0)
         engine_end_early(engine, sequence, FINISH_LENGTH, STATUS_OK, now_s);
     else
-        generate_rows(engine, sequence,
-                      rows + (size_t)(sequence->row_count - 1 - item->drafts) * vocabulary, now_s);
+        generate_rows(engine, sequence, rows,
+                      sequence->row_first + sequence->row_count - 1 - item->drafts, now_s);
 }
 
-void engine_take_rows(struct engine *engine, const float *logits, double now_s) {
+void engine_take_rows(struct engine *engine, const struct model_rows *rows, double now_s) {
     for (int i = 0; i < engine->running_count;) {
         struct sequence *sequence = sequence_of(engine->running[i]);
         int before = engine->running_count;
-        if (sequence->item.planned > 0) take_rows(engine, sequence, logits, now_s);
+        if (sequence->item.planned > 0) take_rows(engine, sequence, rows, now_s);
         i += engine->running_count == before; // else it has ended, and the list closed up
     }
 }

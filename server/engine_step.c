@@ -295,7 +295,7 @@ static void compute(struct engine *engine) {
     const struct engine_batch *batch = &engine->batch;
     VERIFY_OP(batch->step.token_count, >, 0); // who runs has work
     double before = engine_now_s();
-    const float *logits = model_forward(engine->model, &batch->step);
+    struct model_rows rows = model_forward(engine->model, &batch->step);
     double after = engine_now_s();
     if (!engine->ops->health(engine->backend)) {
         log_event(LOG_ERROR, "device_failed", "step=%llu", (unsigned long long)engine->step);
@@ -304,7 +304,7 @@ static void compute(struct engine *engine) {
         return;
     }
     engine_learn_step(engine, after - before);
-    engine_take_rows(engine, logits, after);
+    engine_take_rows(engine, &rows, after);
     engine_update_metrics(engine, after - before);
 }
 

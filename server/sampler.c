@@ -1,11 +1,11 @@
 // The sampler of sampler.h. Greedy without processors is one pass over the raw row; anything else
-// works on a copy in the scratch. Truncation (top_k, top_p) pops a max-heap, so its cost follows
-// the tokens kept, not the vocabulary's size times its logarithm. The passes over a whole row are
+// works on a copy in the scratch, by the rule of kernels/draw.h. The passes over a whole row are
 // written in lanes, which compilers turn into vector code without being told to reorder sums.
 #include "server/sampler.h"
 
 #include "base/memory.h"
 #include "base/verify.h"
+#include "base/wide.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -15,37 +15,36 @@
 static const float GREEDY_BELOW = 1e-5f;
 enum { LANES = 16 };
 
-struct candidate {
-    float logit;
-    int32_t id;
-};
-
 struct sampler_scratch {
     int vocabulary;
-    float *logits;          // [V]
-    float *weights;         // [V] e^((logit - peak) / temperature), 0 for what cannot be drawn
-    uint32_t *counts;       // [V], zero between calls
-    struct candidate *heap; // [V]; the part that has been popped holds what was kept
+    float *logits;    // [V]
+    int32_t *depths;  // [V] below the peak
+    float *weights;   // [V] 0 for what cannot be drawn
+    uint32_t *counts; // [V], zero between calls
+    uint64_t *places; // [V] of the bin that is looked at
 };
 
 struct sampler_scratch *sampler_scratch_create(int vocabulary) {
     VERIFY_OP(vocabulary, >, 0);
+    VERIFY_OP(vocabulary, <=, 1 << DRAW_ID_BITS);
     struct sampler_scratch *scratch = mem_zalloc(1, sizeof *scratch);
     size_t n = (size_t)vocabulary;
     scratch->vocabulary = vocabulary;
     scratch->logits = mem_zalloc(n, sizeof *scratch->logits);
+    scratch->depths = mem_zalloc(n, sizeof *scratch->depths);
     scratch->weights = mem_zalloc(n, sizeof *scratch->weights);
     scratch->counts = mem_zalloc(n, sizeof *scratch->counts);
-    scratch->heap = mem_zalloc(n, sizeof *scratch->heap);
+    scratch->places = mem_zalloc(n, sizeof *scratch->places);
     return scratch;
 }
 
 void sampler_scratch_destroy(struct sampler_scratch *scratch) {
     if (!scratch) return;
     free(scratch->logits);
+    free(scratch->depths);
     free(scratch->weights);
     free(scratch->counts);
-    free(scratch->heap);
+    free(scratch->places);
     free(scratch);
 }
 
@@ -93,25 +92,6 @@ static int32_t argmax(const float *logits, int count) {
     return 0;
 }
 
-// e^x for x <= 0 to about 2 units in the last place; 0 below -87 and for NaN. Cephes' polynomial.
-static inline float exp_negative(float x) {
-    float clamped = x > -87.0f ? x : -87.0f;
-    float rounded = clamped * 1.44269504f + 12582912.0f; // adding 1.5 * 2^23 rounds to an integer
-    float n = rounded - 12582912.0f;
-    float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) * (1 << 23);
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return x > -87.0f ? p * power : 0.0f;
-}
-
 static double row_sum(const float *values, int count) {
     double lane[LANES] = {0}, sum = 0;
     int i = 0;
@@ -122,12 +102,12 @@ static double row_sum(const float *values, int count) {
     return sum;
 }
 
-static double row_exp_sum(const float *logits, int count, float peak) {
+WIDE static double row_exp_sum(const float *logits, int count, float peak) {
     float weights[256];
     double sum = 0;
     for (int i = 0; i < count; i += 256) {
         int part = count - i < 256 ? count - i : 256;
-        for (int j = 0; j < part; j++) weights[j] = exp_negative(logits[i + j] - peak);
+        for (int j = 0; j < part; j++) weights[j] = draw_exp(logits[i + j] - peak);
         sum += row_sum(weights, part);
     }
     return sum;
@@ -195,95 +175,121 @@ static void apply_penalties(const struct sampler_input *input, struct sampler_sc
     }
 }
 
-// Heap order: larger logit first, then lower id.
-static bool before(struct candidate a, struct candidate b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+// How many tokens, and how much mass, have places with each value of some of their bits.
+struct draw_bins {
+    uint64_t count[DRAW_BINS], mass[DRAW_BINS];
+};
+
+static void bins_add(struct draw_bins *bins, unsigned bin, uint64_t mass) {
+    bins->count[bin]++;
+    bins->mass[bin] += mass;
 }
 
-static void sift_down(struct candidate *heap, int count, int at) {
-    struct candidate item = heap[at];
-    for (int child; (child = 2 * at + 1) < count; at = child) {
-        if (child + 1 < count && before(heap[child + 1], heap[child])) child++;
-        if (!before(heap[child], item)) break;
-        heap[at] = heap[child];
+// All tokens by the highest bits of their places. Weights too small for a mass become 0.
+static void bins_fill(struct draw_bins *bins, struct sampler_scratch *scratch, uint64_t *count,
+                      uint64_t *total) {
+    *bins = (struct draw_bins){0};
+    *count = *total = 0;
+    for (int i = 0; i < scratch->vocabulary; i++) {
+        uint64_t mass = draw_mass(scratch->weights[i]);
+        if (mass == 0) scratch->weights[i] = 0;
+        if (mass == 0) continue;
+        bins_add(bins, (unsigned)(scratch->depths[i] >> (DRAW_FIRST_SHIFT - DRAW_ID_BITS)), mass);
+        *total += mass;
+        (*count)++;
     }
-    heap[at] = item;
 }
 
-// Keeps the top_k largest candidates, and of those the fewest whose mass reaches top_p of theirs.
-// They are popped to the heap's far end, largest last. Returns the index of the smallest one kept.
-static int truncate_candidates(const struct sampling *sampling, struct sampler_scratch *scratch,
-                               int count) {
-    struct candidate *heap = scratch->heap;
-    const float *weights = scratch->weights;
-    bool cuts_k = sampling->top_k > 0 && sampling->top_k < count;
-    int limit = cuts_k ? sampling->top_k : count, first = count;
-    for (int i = count / 2 - 1; i >= 0; i--) sift_down(heap, count, i);
-    // What top_p is a share of: all candidates, or those that top_k keeps, known once popped.
-    bool sums = !cuts_k && sampling->top_p < 1;
-    double mass = sums ? row_sum(weights, scratch->vocabulary) : INFINITY;
-    double share = (double)sampling->top_p, reached = 0;
-    for (int taken = 0; taken < limit && (taken == 0 || reached < mass * share); taken++) {
-        struct candidate largest = heap[0];
-        heap[0] = heap[--first];
-        if (first) sift_down(heap, first, 0);
-        heap[first] = largest;
-        reached += (double)weights[largest.id];
+// The bin into which `threshold` falls, of counts or masses; `before` grows by what lies before it.
+static unsigned bin_find(const struct draw_bins *bins, bool counts, uint64_t threshold,
+                         uint64_t before[2]) {
+    unsigned bin = 0;
+    for (; bin + 1 < DRAW_BINS; bin++) {
+        uint64_t after[2] = {before[0] + bins->count[bin], before[1] + bins->mass[bin]};
+        if (after[counts ? 0 : 1] > threshold) break;
+        memcpy(before, after, sizeof after);
     }
-    if (!cuts_k || share >= 1) return first;
-    double target = reached * share;
-    int smallest = count;
-    for (reached = 0; smallest > first && (smallest == count || reached < target);)
-        reached += (double)weights[heap[--smallest].id];
-    return smallest;
+    return bin;
 }
 
-static int32_t draw(const struct sampler_input *input, struct sampler_scratch *scratch) {
-    const struct sampling *sampling = input->sampling;
-    const float *logits = scratch->logits;
-    float *weights = scratch->weights;
-    int vocabulary = input->vocabulary;
-    float peak = row_peak(logits, vocabulary);
-    if (!isfinite(peak)) return argmax(logits, vocabulary);
-    float inverse = 1.0f / sampling->temperature;
-    for (int i = 0; i < vocabulary; i++) {
-        float weight = exp_negative((logits[i] - peak) * inverse);
-        weights[i] = weight >= sampling->min_p ? weight : 0.0f; // the peak's weight is 1
-    }
-    double uniform = sampler_uniform(input->seed, input->stream, input->position), reached = 0;
-    int32_t last = argmax(logits, vocabulary);
-    if (sampling->top_k <= 0 && sampling->top_p >= 1) {
-        double target = uniform * row_sum(weights, vocabulary);
-        for (int32_t i = 0; i < vocabulary; i++) {
-            if (!(weights[i] > 0)) continue;
-            last = i;
-            reached += (double)weights[i];
-            if (reached > target) break;
+// The first place at which the sum of counts or masses, itself included, exceeds `threshold`, which
+// is less than all; *mass: that of all places up to it. `first` has all by their highest bits.
+static uint64_t place_find(struct sampler_scratch *scratch, const struct draw_bins *first,
+                           bool counts, uint64_t threshold, uint64_t *mass) {
+    uint64_t before[2] = {0}, place = bin_find(first, counts, threshold, before);
+    int shift = DRAW_FIRST_SHIFT, count = 0;
+    for (int32_t i = 0; i < scratch->vocabulary; i++)
+        if (scratch->weights[i] > 0 &&
+            (uint64_t)scratch->depths[i] >> (DRAW_FIRST_SHIFT - DRAW_ID_BITS) == place)
+            scratch->places[count++] = draw_place(scratch->depths[i], i);
+    while (shift > 0) {
+        int next = draw_next_shift(shift), kept = 0;
+        struct draw_bins bins = {0};
+        for (int i = 0; i < count; i++) {
+            uint64_t at = scratch->places[i];
+            bins_add(&bins, at >> next & ((1u << (shift - next)) - 1),
+                     draw_mass(scratch->weights[at & ((1u << DRAW_ID_BITS) - 1)]));
         }
-        return last;
+        place = place << (shift - next) | bin_find(&bins, counts, threshold, before);
+        shift = next;
+        for (int i = 0; i < count; i++)
+            if (scratch->places[i] >> shift == place) scratch->places[kept++] = scratch->places[i];
+        count = kept;
     }
-    int count = 0;
-    for (int32_t i = 0; i < vocabulary; i++)
-        if (weights[i] > 0) scratch->heap[count++] = (struct candidate){logits[i], i};
-    int first = truncate_candidates(sampling, scratch, count);
-    double total = 0;
-    for (int i = first; i < count; i++) total += (double)weights[scratch->heap[i].id];
-    for (int i = count - 1; i >= first; i--) {
-        last = scratch->heap[i].id;
-        reached += (double)weights[last];
-        if (reached > uniform * total) break;
+    *mass = before[1] + draw_mass(scratch->weights[place & ((1u << DRAW_ID_BITS) - 1)]);
+    return place;
+}
+
+WIDE static void row_weights(int32_t *restrict depths, float *restrict weights,
+                             const float *restrict logits, int count, float peak,
+                             const struct draw *draw) {
+    float inverse = draw->inverse_temperature, min_p = draw->min_p;
+    for (int i = 0; i < count; i++) depths[i] = draw_depth(logits[i], peak, inverse);
+    for (int i = 0; i < count; i++) weights[i] = draw_weight(depths[i], min_p);
+}
+
+static int32_t draw_token(const struct draw *draw, struct sampler_scratch *scratch) {
+    const float *logits = scratch->logits;
+    int vocabulary = scratch->vocabulary;
+    float peak = row_peak(logits, vocabulary);
+    if (draw->kind == DRAW_GREEDY || !isfinite(peak)) return argmax(logits, vocabulary);
+    row_weights(scratch->depths, scratch->weights, logits, vocabulary, peak, draw);
+    struct draw_bins bins;
+    uint64_t count, total;
+    bins_fill(&bins, scratch, &count, &total);
+    if (draw->top_k > 0 && (uint64_t)draw->top_k < count)
+        place_find(scratch, &bins, true, (uint64_t)draw->top_k - 1, &total);
+    if (draw->top_p < 1) {
+        uint64_t reaches = draw_threshold(total, (double)draw->top_p);
+        place_find(scratch, &bins, false, reaches > 0 ? reaches - 1 : 0, &total);
     }
-    return last;
+    uint64_t place = place_find(scratch, &bins, false, draw_threshold(total, draw->uniform), &total);
+    return (int32_t)(place & ((1u << DRAW_ID_BITS) - 1));
+}
+
+struct draw sampler_draw(const struct sampler_input *input) {
+    const struct sampling *sampling = input->sampling;
+    struct draw draw = {.kind = DRAW_GREEDY};
+    if (sampling->temperature < GREEDY_BELOW) return draw;
+    return (struct draw){.kind = DRAW_RANDOM, .top_k = sampling->top_k, .top_p = sampling->top_p,
+                         .min_p = sampling->min_p,
+                         .inverse_temperature = 1.0f / sampling->temperature,
+                         .uniform = sampler_uniform(input->seed, input->stream, input->position)};
+}
+
+bool sampler_draws_plainly(const struct sampler_input *input) {
+    return !input->sampling->bias_count && !input->banned_count &&
+           !has_penalties(input->sampling) && input->sampling->logprobs < 0;
 }
 
 void sampler_sample(const struct sampler_input *input, struct sampler_scratch *scratch,
                     struct sampler_result *result) {
     const struct sampling *sampling = input->sampling;
     VERIFY_OP(input->vocabulary, ==, scratch->vocabulary);
-    bool greedy = sampling->temperature < GREEDY_BELOW;
+    struct draw draw = sampler_draw(input);
     result->logprob = 0;
     result->top_count = 0;
-    if (greedy && !sampling->bias_count && !input->banned_count && !has_penalties(sampling)) {
+    if (draw.kind == DRAW_GREEDY && !sampling->bias_count && !input->banned_count && !has_penalties(sampling)) {
         result->token = argmax(input->logits, input->vocabulary);
     } else {
         memcpy(scratch->logits, input->logits, (size_t)input->vocabulary * sizeof(float));
@@ -294,8 +300,7 @@ void sampler_sample(const struct sampler_input *input, struct sampler_scratch *s
             if (input->banned[i] >= 0 && input->banned[i] < input->vocabulary)
                 scratch->logits[input->banned[i]] = -INFINITY;
         if (has_penalties(sampling)) apply_penalties(input, scratch);
-        result->token = greedy ? argmax(scratch->logits, input->vocabulary)
-                               : draw(input, scratch);
+        result->token = draw_token(&draw, scratch);
     }
     if (sampling->logprobs >= 0)
         sampler_logprobs(input->logits, input->vocabulary, result->token,

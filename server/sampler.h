@@ -11,6 +11,7 @@
 #ifndef LORAD_SERVER_SAMPLER_H
 #define LORAD_SERVER_SAMPLER_H
 
+#include "kernels/draw.h"
 #include "server/request.h"
 
 struct token_logprob {
@@ -45,6 +46,11 @@ struct sampler_result {
 // left, the token is 0.
 void sampler_sample(const struct sampler_input *input, struct sampler_scratch *scratch,
                     struct sampler_result *result);
+
+// How the input's token is drawn from its row, when no processor changes the row and nobody wants to
+// know probabilities: then whoever has the logits may draw (kernels/draw.h).
+bool sampler_draws_plainly(const struct sampler_input *input);
+struct draw sampler_draw(const struct sampler_input *input);
 
 // Log-probability of `token` and the `top` likeliest tokens, best first (ties: lowest id first).
 // Never NaN; -INFINITY for a token that cannot be drawn.

@@ -245,6 +245,15 @@ static void host_gather(struct backend *b, void *y, const void *x, const int32_t
     mirror_close(b, &from, false);
 }
 
+static void host_draw(struct backend *b, int32_t *ids, const void *logits, const struct draw *draws,
+                      int count, int vocabulary) {
+    struct mirror to = mirror_open(b, ids, (size_t)count * sizeof *ids);
+    struct mirror from = mirror_open(b, logits, (size_t)count * (size_t)vocabulary * sizeof(float));
+    cuda->draw(b, to.device, from.device, draws, count, vocabulary);
+    mirror_close(b, &to, true);
+    mirror_close(b, &from, false);
+}
+
 static enum status host_open(const struct backend_options *options, struct backend **out,
                              struct error *err) {
     return cuda->open(options, out, err);
@@ -289,4 +298,5 @@ const struct backend_ops backend_cuda_host = {
     .attention = host_attention,
     .silu_mul = host_silu_mul,
     .gather_rows = host_gather,
+    .draw = host_draw,
 };

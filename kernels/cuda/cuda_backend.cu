@@ -239,5 +239,6 @@ extern const struct backend_ops backend_cuda = {
     .attention = cuda_attention,
     .silu_mul = cuda_silu_mul,
     .gather_rows = cuda_gather_rows,
+    .draw = cuda_draw,
 };
 }

@@ -81,6 +81,7 @@ struct device_step {
     struct step source; // borrowed
     struct step_counts counts;
     const int32_t *ids, *positions, *slots, *logit_rows;
+    const struct draw *draws; // [logits]
     const attention_item *items; // narrow ones, then wide ones
     const merge_item *merges;
     const int32_t *kv_pages;
@@ -172,6 +173,9 @@ void cuda_rope_and_kv_write(struct backend *b, int layer, void *qkv, const float
 void cuda_silu_mul(struct backend *b, void *y, const void *gate_up, int tokens, int ffn);
 void cuda_gather_rows(struct backend *b, void *y, const void *x, const int32_t *rows, int count,
                       int hidden);
+// draw.cu
+void cuda_draw(struct backend *b, int32_t *ids, const void *logits, const struct draw *draws,
+               int count, int vocabulary);
 void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
                      size_t elems);
 void cuda_pool_written(struct backend *b);

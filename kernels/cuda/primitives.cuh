@@ -28,6 +28,17 @@ __device__ inline float warp_exchange(float value, int bits) {
     return __shfl_xor_sync(0xffffffffu, value, bits);
 }
 
+template <typename T, typename U> __device__ inline shared<T> shared_as(shared<U> at) {
+    return reinterpret_cast<T *>(at);
+}
+
+// Adds to a place in shared memory that other threads add to as well.
+template <typename T> __device__ inline void shared_add(shared<T> at, T value) {
+    if (sizeof(T) == sizeof(uint64_t))
+        atomicAdd(reinterpret_cast<unsigned long long *>(at), (unsigned long long)value);
+    else atomicAdd(reinterpret_cast<unsigned *>(at), (unsigned)value);
+}
+
 // d [16, 8] += a [16, 16] b [16, 8] on a tensor core: a and b bf16, in fragments (tiles.cuh).
 __device__ inline void mma_16x8x16(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "

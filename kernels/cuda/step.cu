@@ -99,6 +99,7 @@ static bool has_arrays(const struct step *step, const struct step *wanted) {
            (!wanted->slots || wanted->slots == step->slots) &&
            (!wanted->spans || wanted->spans == step->spans) &&
            (!wanted->segments || wanted->segments == step->segments) &&
+           (!wanted->draws || wanted->draws == step->draws) &&
            (!wanted->logit_rows || wanted->logit_rows == step->logit_rows);
 }
 

@@ -219,6 +219,7 @@ template <typename T> static T *carve(struct carver *at, int count, const T **on
 // The block's parts, in their order; with host NULL it only measures.
 struct step_parts {
     int32_t *ids, *positions, *slots, *logit_rows, *kv_pages, *lora_pages;
+    struct draw *draws;
     attention_item *items;
     merge_item *merges;
     lora_item *lora_items;
@@ -231,6 +232,7 @@ static size_t carve_parts(const struct step_counts *n, void *host, void *device,
     parts->positions = carve(&at, n->tokens, &to->positions);
     parts->slots = carve(&at, n->tokens, &to->slots);
     parts->logit_rows = carve(&at, n->logits, &to->logit_rows);
+    parts->draws = carve(&at, n->logits, &to->draws);
     parts->items = carve(&at, n->narrow_items + n->wide_items, &to->items);
     parts->merges = carve(&at, n->merges, &to->merges);
     parts->kv_pages = carve(&at, n->kv_pages, &to->kv_pages);
@@ -260,6 +262,9 @@ void cuda_step_fill(const struct backend *b, struct device_step *plan, void *hos
     fill_array(parts.positions, step->positions, step->token_count, n->tokens, 0);
     fill_array(parts.slots, step->slots, step->token_count, n->tokens, -1);
     fill_array(parts.logit_rows, step->logit_rows, step->logit_count, n->logits, 0);
+    for (int i = 0; i < n->logits; i++) parts.draws[i].kind = DRAW_NONE;
+    if (step->draws)
+        memcpy(parts.draws, step->draws, (size_t)step->logit_count * sizeof *parts.draws);
     if (step->span_count > 0)
         fill_attention(b, step, n, parts.items, parts.merges, parts.kv_pages);
     fill_lora(plan, parts.lora_items, parts.lora_pages);

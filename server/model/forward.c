@@ -160,22 +160,44 @@ static void step_queue(struct model *m, const struct step *step, int T, int R) {
     ops->rms_norm(m->backend, m->normed, m->rows, m->rows_delta, m->weights.last_norm, epsilon, R,
                   H);
     ops->linear(m->backend, m->weights.head, m->logits, m->normed, R); // [R, H] -> [R, V]
+    if (ops->draw && step->draws)
+        ops->draw(m->backend, m->ids, m->logits, step->draws, R, c->vocabulary);
 }
 
-const float *model_forward(struct model *m, const struct step *step) {
+// Whether the backend has drawn row r's token, so that nobody wants its logits.
+static bool is_drawn(const struct model *m, const struct step *step, int r) {
+    return m->ops->draw && step->draws && step->draws[r].kind != DRAW_NONE;
+}
+
+// Logits of the rows from `first` on that are wanted and stand together; returns where they end.
+static int rows_download(struct model *m, const struct step *step, int first) {
+    int end = first + 1;
+    while (end < step->logit_count && !is_drawn(m, step, end)) end++;
+    size_t V = (size_t)m->config.vocabulary, a = m->ops->activation_bytes;
+    size_t at = (size_t)first * V, count = (size_t)(end - first) * V;
+    char *to = m->host_download ? m->host_download : (void *)m->host_logits;
+    m->ops->download(m->backend, to + at * a, (char *)m->logits + at * a, count * a);
+    if (m->host_download) {
+        m->ops->synchronize(m->backend);
+        dtype_to_f32(m->host_logits + at, to + at * a, DTYPE_BF16, count);
+    }
+    return end;
+}
+
+struct model_rows model_forward(struct model *m, const struct step *step) {
     const struct backend_ops *ops = m->ops;
     step_verify(m, step);
     struct step_rows rows = {step->token_count, step->logit_count, false};
     if (ops->step_begin) rows = ops->step_begin(m->backend, step);
     if (!rows.recorded) step_queue(m, step, rows.tokens, rows.logits);
     if (ops->step_end) ops->step_end(m->backend);
-
-    size_t count = (size_t)step->logit_count * (size_t)m->config.vocabulary;
-    void *to = m->host_download ? m->host_download : (void *)m->host_logits;
-    if (count > 0) ops->download(m->backend, to, m->logits, count * ops->activation_bytes);
+    int R = step->logit_count;
+    bool draws = ops->draw && step->draws;
+    if (draws && R > 0)
+        ops->download(m->backend, m->host_ids, m->ids, (size_t)R * sizeof *m->ids);
+    for (int r = 0; r < R;) r = is_drawn(m, step, r) ? r + 1 : rows_download(m, step, r);
     ops->synchronize(m->backend);
-    if (m->host_download) dtype_to_f32(m->host_logits, m->host_download, DTYPE_BF16, count);
-    return m->host_logits;
+    return (struct model_rows){m->host_logits, draws ? m->host_ids : NULL};
 }
 
 // ------------------------------------------------------------------ RoPE tables
@@ -259,6 +281,7 @@ static enum status activations_create(struct model *m, struct error *err) {
         {&m->rows, R * H * a, 0},
         {&m->rows_delta, R * H * a, 0},
         {&m->logits, R * (size_t)c->vocabulary * a, 0},
+        {(void **)&m->ids, R * sizeof(int32_t), 0},
         {(void **)&m->v,
          (size_t)m->v_rows_max * LORA_TARGETS_MAX * LORA_RANK_MAX * sizeof(float), 0},
     };
@@ -273,6 +296,7 @@ static enum status activations_create(struct model *m, struct error *err) {
 
     size_t logits = R * (size_t)c->vocabulary;
     m->host_logits = mem_alloc_aligned(logits * sizeof(float));
+    m->host_ids = mem_alloc(R * sizeof *m->host_ids);
     if (a != sizeof(float)) m->host_download = mem_alloc_aligned(logits * a);
     return STATUS_OK;
 }
@@ -327,6 +351,7 @@ void model_destroy(struct model *m) {
     if (m->sines) m->ops->memory_destroy(m->backend, m->sines);
     if (m->activations) m->ops->memory_destroy(m->backend, m->activations);
     free(m->host_logits);
+    free(m->host_ids);
     free(m->host_download);
     free(m);
 }

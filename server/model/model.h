@@ -29,8 +29,11 @@ void model_destroy(struct model *model);
 // The geometry an adapter must fit (pool_pages is the caller's to fill).
 struct lora_geometry model_lora_geometry(const struct model_config *config, enum dtype dtype);
 
-// One step.
-// logits: [logit_count, V] f32 on the host, valid until the next call.
-const float *model_forward(struct model *model, const struct step *step);
+// What a step gave, on the host, valid until the next one.
+struct model_rows {
+    const float *logits; // [logit_count, V]; where ids is not NULL, rows of DRAW_NONE alone
+    const int32_t *ids;  // [logit_count] tokens by step->draws; NULL: the backend does not draw
+};
+struct model_rows model_forward(struct model *model, const struct step *step);
 
 #endif

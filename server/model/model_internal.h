@@ -44,9 +44,11 @@ struct model {
     void *rows;    // [R, H] x of the rows whose logits are wanted
     void *rows_delta; // [R, H]
     void *logits;  // [R, V]
+    int32_t *ids;  // [R] tokens that the backend draws
     float *v;      // LoRA scratch [v_rows_max, LORA_TARGETS_MAX, LORA_RANK_MAX]
 
     float *host_logits;  // [R, V]
+    int32_t *host_ids;   // [R]
     void *host_download; // [R, V] activations as they come, when those are not f32
 };
 

@@ -1,5 +1,5 @@
-"""The whole server on the CUDA backend's kernels, emulated: the same greedy tokens as on the CPU
-backend, whoever asks at the same time. build/tests/emulation/lorad-emulated is made by the tests."""
+"""The whole server on the CUDA backend's kernels, emulated: the same tokens as on the CPU
+backend, greedy and drawn, whoever asks at the same time. build/tests/emulation/lorad-emulated is made by the tests."""
 import concurrent.futures
 import os
 import pathlib
@@ -21,6 +21,8 @@ def answers(device, monkeypatch, program, options=OPTIONS):
     models = [m["id"] for m in one.request("GET", "/v1/models")[1]["data"]]
     asked = [dict(model=models[i % 4], prompt=[(7 * i + j * j) % 500 + 2 for j in range(5 + 9 * i)],
                   max_tokens=12) for i in range(8)]
+    for i, how in enumerate((dict(), dict(top_p=0.8), dict(top_k=5), dict(min_p=0.05, top_k=50))):
+        asked[2 * i + 1].update(temperature=0.9, seed=i, **how)  # drawn on the device, as here
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         tokens = list(pool.map(lambda fields: one.tokens(**fields), asked))
     assert one.stop() == 0

@@ -67,6 +67,7 @@ extern "C" void emulate_switch(void **save, void *load);
 struct touched {
     int barrier;                // of which barrier's time this is
     int writer, write_sync; // -1: nobody
+    bool adds;              // the writer added, atomically
     int reader, read_sync;
     uint32_t reader_warps;
 };
@@ -78,7 +79,7 @@ static touched *touch(const void *word) {
     size_t at = static_cast<size_t>(static_cast<const unsigned char *>(word) - shared_memory);
     if (at + 4 > shared_size) fail("shared memory beyond what the launch asked for");
     touched *t = &words[at / 4];
-    if (t->barrier != barriers) *t = {barriers, -1, 0, -1, 0, 0};
+    if (t->barrier != barriers) *t = {barriers, -1, 0, false, -1, 0, 0};
     return t;
 }
 
@@ -104,15 +105,24 @@ void emulate_shared_read(const void *word) {
     t->reader_warps |= 1u << current / LANES;
 }
 
-void emulate_shared_write(const void *word) {
+static void write(const void *word, bool adds) {
     touched *t = touch(word);
-    if (t->writer >= 0 && !after(t->writer, t->write_sync))
+    if (t->writer >= 0 && !(adds && t->adds) && !after(t->writer, t->write_sync))
         race("written twice", t->writer, word);
     if (t->reader >= 0 && !after(t->reader, t->read_sync))
         race("read and written", t->reader, word);
     if (t->reader_warps & ~(1u << current / LANES)) race("read and written", t->reader, word);
     t->writer = current;
+    t->adds = adds;
     t->write_sync = fibers[current].syncs;
+}
+
+void emulate_shared_write(const void *word) {
+    write(word, false);
+}
+
+void emulate_shared_add(const void *word) {
+    write(word, true);
 }
 
 // ------------------------------------------------------------------ threads

@@ -20,6 +20,7 @@
 #include <functional>
 #include <stddef.h>
 #include <stdint.h>
+#include <tuple>
 
 #define __global__
 #define __device__
@@ -50,16 +51,25 @@ void __syncwarp();
 float warp_exchange(float value, int bits);
 void mma_16x8x16(float d[4], const uint32_t a[4], uint32_t b0, uint32_t b1);
 
+// The arguments are what they are at the call, as for a true launch.
+template <typename... Parameters, typename... Arguments>
+void emulate_kernel(const char *name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                    size_t shared_bytes, cudaStream_t stream, Arguments... arguments) {
+    std::tuple<Parameters...> values(arguments...);
+    emulate_queue(stream, [=] {
+        emulate_launch(name, grid, block, shared_bytes, [&] { std::apply(kernel, values); });
+    });
+}
+
 #define CUDA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                \
-    emulate_queue(stream, [=] {                                                                    \
-        emulate_launch(#kernel, grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); });          \
-    })
+    emulate_kernel(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
 
 // Shared memory, watched word by word: two threads touch a word, one of them writes, and neither a
 // barrier of the block nor __syncwarp of their warp lies between: that is a race, and the end. (An
 // exchange or an mma orders no memory, though the warp meets.)
 void emulate_shared_read(const void *word);
 void emulate_shared_write(const void *word);
+void emulate_shared_add(const void *word); // an atomic addition: races with all but its like
 
 // What shared<T>[i] gives where it may be written to.
 template <typename T> class shared_word {
@@ -68,11 +78,11 @@ template <typename T> class shared_word {
   public:
     explicit shared_word(T *at) : at(at) {}
     operator T() const {
-        emulate_shared_read(at);
+        for (size_t i = 0; i < sizeof(T); i += 4) emulate_shared_read((const char *)at + i);
         return *at;
     }
     shared_word &operator=(T value) {
-        emulate_shared_write(at);
+        for (size_t i = 0; i < sizeof(T); i += 4) emulate_shared_write((const char *)at + i);
         *at = value;
         return *this;
     }
@@ -84,9 +94,9 @@ template <typename T> class shared_word {
     }
 };
 
-// A pointer into shared memory, of 4-byte words.
+// A pointer into shared memory.
 template <typename T> class shared {
-    static_assert(sizeof(T) == 4, "shared memory is watched in words");
+    static_assert(sizeof(T) % 4 == 0, "shared memory is watched in words of 4 bytes");
     T *at;
 
   public:
@@ -97,7 +107,22 @@ template <typename T> class shared {
     shared operator+(ptrdiff_t n) const {
         return shared(at + n);
     }
+    template <typename U> shared<U> as() const {
+        return reinterpret_cast<U *>(at);
+    }
+    void add(T value) const {
+        for (size_t i = 0; i < sizeof(T); i += 4) emulate_shared_add((const char *)at + i);
+        *at += value;
+    }
 };
+
+template <typename T, typename U> inline shared<T> shared_as(shared<U> at) {
+    return at.template as<T>();
+}
+
+template <typename T> inline void shared_add(shared<T> at, T value) {
+    at.add(value);
+}
 
 template <typename T> inline shared<T> dynamic_shared() {
     return static_cast<T *>(emulate_dynamic_shared());

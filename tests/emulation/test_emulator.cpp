@@ -34,6 +34,24 @@ __global__ static void by_warps(float *to) {
     to[i] = x[i ^ 1] + warp_sum(1.0f);
 }
 
+// All add to a few places at once.
+__global__ static void count(int *to) {
+    shared<int> x = dynamic_shared<int>();
+    if (threadIdx.x < 4) x[threadIdx.x] = 0;
+    __syncthreads();
+    shared_add(x + threadIdx.x % 4, 1);
+    __syncthreads();
+    if (threadIdx.x < 4) to[threadIdx.x] = x[threadIdx.x];
+}
+
+__global__ static void add_and_read(int *to) {
+    shared<int> x = dynamic_shared<int>();
+    if (threadIdx.x == 0) x[0] = 0;
+    __syncthreads();
+    if (threadIdx.x < 40) shared_add(x + 0, 1);
+    else to[threadIdx.x] = x[0];
+}
+
 // An identity times a matrix of small numbers: every element of both fragments is looked at.
 __global__ static void multiply(float *to) {
     int lane = threadIdx.x % WARP, row = lane / 4, column = lane % 4 * 2;
@@ -137,6 +155,11 @@ static void run_sums() {
     float *to = static_cast<float *>(device(SHARED));
     CUDA_LAUNCH(sums, dim3(1), dim3(THREADS), 0, nullptr, to);
     for (int i = 0; i < THREADS; i++) expect(to[i] == (float)(i / 4 * 16 + 6), "sums");
+}
+static void run_count() {
+    int *to = static_cast<int *>(device(SHARED));
+    CUDA_LAUNCH(count, dim3(1), dim3(THREADS), SHARED, nullptr, to);
+    for (int i = 0; i < 4; i++) expect(to[i] == THREADS / 4, "count");
 }
 static void run_multiply() {
     float *to = static_cast<float *>(device(4 * SHARED));
@@ -270,6 +293,7 @@ BREAKS(overwritten, int)
 BREAKS(same_word, int)
 BREAKS(in_a_warp, int)
 BREAKS(exchange_for_sync, float)
+BREAKS(add_and_read, int)
 BREAKS(some_at_barrier, int)
 BREAKS(some_lanes_exchange, float)
 BREAKS(past_shared, int)
@@ -283,6 +307,7 @@ static const struct {
     {"neighbours", run_neighbours, nullptr},
     {"by_warps", run_by_warps, nullptr},
     {"sums", run_sums, nullptr},
+    {"count", run_count, nullptr},
     {"multiply", run_multiply, nullptr},
     {"two_streams", run_two_streams, nullptr},
     {"recording", run_recording, nullptr},
@@ -290,6 +315,7 @@ static const struct {
     {"overwritten", run_overwritten, "a race in shared memory"},
     {"same_word", run_same_word, "written twice"},
     {"in_a_warp", run_in_a_warp, "a race in shared memory"},
+    {"add_and_read", run_add_and_read, "a race in shared memory"},
     {"exchange_for_sync", run_exchange_for_sync, "a race in shared memory"},
     {"no_event_there", run_no_event_there, "a wrong order"},
     {"no_event_back", run_no_event_back, "a wrong order"},

@@ -250,7 +250,7 @@ static const float *demo_step_run(struct demo *demo, struct demo_step *s) {
     s->step.ids = s->ids, s->step.positions = s->positions, s->step.slots = s->slots;
     s->step.query_heads = demo->config.query_heads;
     s->step.spans = s->spans, s->step.segments = s->segments, s->step.logit_rows = s->rows;
-    return model_forward(demo->model, &s->step);
+    return model_forward(demo->model, &s->step).logits;
 }
 
 // ------------------------------------------------------------------ greedy requests

@@ -286,7 +286,7 @@ static void rig_step(struct model_rig *rig, struct run *runs, const int *counts,
     a.step.ids = a.ids, a.step.positions = a.positions, a.step.slots = a.slots;
     a.step.query_heads = rig->config.query_heads, a.step.repeats = true;
     a.step.spans = a.spans, a.step.segments = a.segments, a.step.logit_rows = a.rows;
-    const float *logits = model_forward(rig->model, &a.step);
+    const float *logits = model_forward(rig->model, &a.step).logits;
     int V = rig->config.vocabulary;
     for (int r = 0; r < a.step.logit_count; r++, logits += V) {
         struct run *run = a.row_of[r].run;

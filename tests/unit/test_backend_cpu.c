@@ -7,6 +7,7 @@
 #include "base/memory.h"
 #include "kernels/backend.h"
 #include "rows_alike.h"
+#include "server/sampler.h"
 #if !defined LORAD_EMULATE && !defined LORAD_GPU
 #include "kernels/cpu/cpu_threads.h"
 #endif
@@ -297,6 +298,75 @@ static void test_embed_and_gather(void **state) {
         free(z);
         ops->close(b);
     }
+}
+
+// ------------------------------------------------------------------ draws
+
+enum { DRAW_ROWS = 24 };
+
+// A row of some shape: smooth, full of ties, nearly all one, with what is no number.
+static void draw_row_fill(float *row, int vocabulary, int shape) {
+    for (int i = 0; i < vocabulary; i++) {
+        float value = random_float();
+        if (shape % 6 == 0) row[i] = value * 20;
+        else if (shape % 6 == 1) row[i] = (float)random_between(0, 3);
+        else if (shape % 6 == 2) row[i] = i == vocabulary / 2 ? 60 : value * 10;
+        else if (shape % 6 == 3) row[i] = 1;
+        else if (shape % 6 == 4) row[i] = i % 3 ? value * 5 : i % 2 ? NAN : -INFINITY;
+        else row[i] = shape == 5 ? NAN : shape == 11 ? -INFINITY : value * 200;
+    }
+    if (shape == 17) row[vocabulary - 1] = INFINITY;
+}
+
+// Whatever a request asks for: the token is the one that the server's sampler draws of the same row.
+static void draw_check(struct backend *b, int vocabulary, struct sampler_scratch *scratch) {
+    struct sampling sampling[DRAW_ROWS];
+    struct draw draws[DRAW_ROWS];
+    int32_t expected[DRAW_ROWS], ids[DRAW_ROWS];
+    float *logits = random_floats((size_t)DRAW_ROWS * (size_t)vocabulary);
+    for (int r = 0; r < DRAW_ROWS; r++) {
+        float *row = logits + (size_t)r * (size_t)vocabulary;
+        draw_row_fill(row, vocabulary, r);
+        sampling[r] = (struct sampling){
+            .temperature = random_between(0, 3) ? 0.3f + (random_float() + 1) : 0,
+            .top_k = random_between(0, 2) ? random_between(1, vocabulary + 3) : 0,
+            .top_p = random_between(0, 2) ? (random_float() + 1) / 2 + 1e-6f : 1,
+            .min_p = random_between(0, 2) ? 0 : (random_float() + 1) / 4,
+            .repetition_penalty = 1, .logprobs = -1};
+        struct sampler_input input = {.logits = row, .vocabulary = vocabulary,
+                                      .sampling = &sampling[r], .seed = random_bits(),
+                                      .position = (uint64_t)r};
+        struct sampler_result result;
+        sampler_sample(&input, scratch, &result);
+        expected[r] = result.token;
+        assert_true(sampler_draws_plainly(&input));
+        draws[r] = sampler_draw(&input);
+        ids[r] = -7;
+    }
+    draws[3].kind = DRAW_NONE;
+    expected[3] = -7;
+    ops->draw(b, ids, logits, draws, DRAW_ROWS, vocabulary);
+    ops->synchronize(b);
+    for (int r = 0; r < DRAW_ROWS; r++)
+        if (ids[r] != expected[r])
+            fail_msg("vocabulary %d, row %d: %d, the server draws %d (temperature %g, top_k %d, "
+                     "top_p %g, min_p %g)", vocabulary, r, ids[r], expected[r],
+                     (double)sampling[r].temperature, sampling[r].top_k, (double)sampling[r].top_p,
+                     (double)sampling[r].min_p);
+    free(logits);
+}
+
+static void test_draw(void **state) {
+    (void)state;
+    static const int vocabularies[] = {1, 2, 31, 500, 1500};
+    if (!ops->draw) return; // the host draws
+    struct backend *b = open_setup(&setups[0]);
+    for (size_t v = 0; v < sizeof vocabularies / sizeof *vocabularies; v++) {
+        struct sampler_scratch *scratch = sampler_scratch_create(vocabularies[v]);
+        for (int round = 0; round < 4; round++) draw_check(b, vocabularies[v], scratch);
+        sampler_scratch_destroy(scratch);
+    }
+    ops->close(b);
 }
 
 // ------------------------------------------------------------------ the pool
@@ -853,6 +923,7 @@ int main(void) {
         cmocka_unit_test(test_linear_rows_invariant),
         cmocka_unit_test(test_rms_norm_and_silu),
         cmocka_unit_test(test_embed_and_gather),
+        cmocka_unit_test(test_draw),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_lora),
 #if !defined LORAD_EMULATE && !defined LORAD_GPU

@@ -343,7 +343,7 @@ static void dummy_logits(const struct model_config *config, uint64_t seed, float
     struct step step = {.token_count = 1, .query_heads = config->query_heads, .ids = &id,
                         .positions = &zero, .slots = &zero, .spans = &span, .span_count = 1,
                         .logit_rows = &zero, .logit_count = 1};
-    memcpy(logits, model_forward(model, &step), (size_t)config->vocabulary * sizeof *logits);
+    memcpy(logits, model_forward(model, &step).logits, (size_t)config->vocabulary * sizeof *logits);
     plain_backend.memory_destroy(backend, pool);
     model_destroy(model);
     plain_backend.close(backend);
