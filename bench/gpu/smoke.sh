@@ -17,7 +17,7 @@ for file in kernels/cuda/*.cu; do
     objects+=("$out/$(basename "$file").o")
     nvcc -std=c++17 $flags -lineinfo -arch="sm_$arch" -c "$file" -o "${objects[-1]}" &
 done
-for file in base/{dtype,status,log,memory,utf8}.c bench/gpu/cuda_host_ops.c server/sampler.c \
+for file in base/{dtype,file,status,log,memory,utf8}.c kernels/algorithm_cache.c bench/gpu/cuda_host_ops.c server/sampler.c \
     tests/unit/test_backend_cpu.c; do
     objects+=("$out/$(basename "$file").o")
     gcc -std=gnu17 -ffp-contract=off $flags -Ibench/gpu/shim -c "$file" -o "${objects[-1]}" &
@@ -26,5 +26,6 @@ for job in $(jobs -p); do wait "$job"; done
 nvcc -arch="sm_$arch" "${objects[@]}" -o "$out/smoke" -lcublasLt -lpthread -lm
 echo "built $out/smoke for sm_$arch"
 [ -z "${BUILD_ONLY:-}" ] || exit 0
+export LORAD_CACHE_DIR=$out/cache
 "$out/smoke"
 [ -z "${SANITIZE:-}" ] || compute-sanitizer --error-exitcode 1 "$out/smoke"

@@ -2,25 +2,24 @@
 // came, [out, in] in the backend's type; x has it too.
 //
 // cuBLASLt counts columns first: W is its [in, out] matrix, transposed; x is [in, T]; y is [out, T].
-// The algorithm for a (out, in, T) is asked for once and kept with the weights.
+// The algorithm for a (out, in, T) is chosen once and shared by all layers: for steps of up to
+// TUNED_TOKENS tokens by timing what the library suggests, on the first such step (step.cu does not
+// record that one), and remembered on disk; beyond, the library's first suggestion.
+// LORAD_CUDA_TUNE=0: always that.
 //
 // With LORAD_EMULATE there is no cuBLASLt: a plain kernel takes its place, so that whole steps run.
 #include "kernels/cuda/cuda_internal.cuh"
 
 #ifndef LORAD_EMULATE
+#include "kernels/algorithm_cache.h"
+
 #include <cublasLt.h>
+#include <stdio.h>
 #endif
 
 struct linear {
     int out, in;
     void *weights; // device memory, [out, in]
-#ifndef LORAD_EMULATE
-    enum { KEPT = 64 };
-    struct {
-        int tokens; // 0: none
-        cublasLtMatmulAlgo_t algorithm;
-    } kept[KEPT]; // by tokens % KEPT
-#endif
 };
 
 enum status cuda_linear_create(struct backend *b, const void *weights, enum dtype dtype, int out,
@@ -91,7 +90,20 @@ void cuda_linear(struct backend *b, const struct linear *l, void *y, const void 
 
 #else
 
-enum { WORKSPACE_BYTES = 32 << 20 }; // what cuBLAS recommends on Hopper
+enum {
+    WORKSPACE_BYTES = 32 << 20, // what cuBLAS recommends on Hopper
+    TUNED_TOKENS = RECORDED_TOKENS_MAX,
+    SUGGESTIONS = 8,
+    TIMINGS = 3, // of a suggestion; the shortest counts
+};
+static_assert(sizeof(cublasLtMatmulAlgo_t) == ALGORITHM_BYTES, "an algorithm is kept as it is");
+
+// What the handle of cuda_internal.cuh is.
+struct matmuls {
+    cublasLtHandle_t library;
+    struct algorithm_cache *algorithms;
+    cudaEvent_t begin, end; // of a timing; NULL: nothing is timed
+};
 
 static bool cublas_check(struct backend *b, cublasStatus_t status) {
     if (status == CUBLAS_STATUS_SUCCESS) return true;
@@ -99,37 +111,71 @@ static bool cublas_check(struct backend *b, cublasStatus_t status) {
     return false;
 }
 
+static struct matmuls *matmuls_of(struct backend *b) {
+    return (struct matmuls *)b->matmul;
+}
+
+static struct algorithm_cache *algorithms_open(const struct backend *b) {
+    cudaDeviceProp properties = {};
+    cudaGetDeviceProperties(&properties, 0);
+    char owner[sizeof properties.name + 80];
+    snprintf(owner, sizeof owner, "%s, cuBLASLt %zu, %s", properties.name, cublasLtGetVersion(),
+             dtype_name(b->dtype));
+    char *folder = algorithm_cache_folder();
+    struct algorithm_cache *cache = algorithm_cache_open(folder, owner);
+    free(folder);
+    return cache;
+}
+
 enum status cuda_matmul_open(struct backend *b, struct error *err) {
-    cublasLtHandle_t handle;
-    cublasStatus_t status = cublasLtCreate(&handle);
+    struct matmuls *m = (struct matmuls *)mem_zalloc(1, sizeof *m);
+    b->matmul = m;
+    cublasStatus_t status = cublasLtCreate(&m->library);
     if (status != CUBLAS_STATUS_SUCCESS)
         return error_set(err, STATUS_DEVICE, "cuBLASLt does not start: %s",
                          cublasLtGetStatusString(status));
-    b->matmul = handle;
+    m->algorithms = algorithms_open(b);
+    const char *tune = getenv("LORAD_CUDA_TUNE");
+    if (tune && strcmp(tune, "0") == 0) return STATUS_OK;
+    cudaError_t error = cudaEventCreate(&m->begin);
+    if (error == cudaSuccess) error = cudaEventCreate(&m->end);
+    cuda_check(b, error, "events to time matmuls with");
     return STATUS_OK;
 }
 
 void cuda_matmul_close(struct backend *b) {
-    if (b->matmul) cublasLtDestroy((cublasLtHandle_t)b->matmul);
+    struct matmuls *m = matmuls_of(b);
+    if (!m) return;
+    if (m->begin) cudaEventDestroy(m->begin);
+    if (m->end) cudaEventDestroy(m->end);
+    if (m->library) cublasLtDestroy(m->library);
+    algorithm_cache_close(m->algorithms);
+    free(m);
 }
 
-// The descriptors of one call.
+// The descriptors of one call, and what it reads and writes.
 struct matmul {
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t w, x, y;
+    const void *weights, *from;
+    void *to;
 };
 
-static void matmul_describe(struct backend *b, struct matmul *m, int out, int in, int tokens) {
+static void matmul_describe(struct backend *b, struct matmul *m, const struct linear *l, void *y,
+                            const void *x, int tokens) {
     cudaDataType_t type = b->dtype == DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_32F;
     cublasOperation_t transposed = CUBLAS_OP_T;
+    uint64_t out = (uint64_t)l->out, in = (uint64_t)l->in, T = (uint64_t)tokens;
     *m = {};
+    m->weights = l->weights;
+    m->from = x;
+    m->to = y;
     cublas_check(b, cublasLtMatmulDescCreate(&m->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     cublas_check(b, cublasLtMatmulDescSetAttribute(m->operation, CUBLASLT_MATMUL_DESC_TRANSA,
                                                    &transposed, sizeof transposed));
-    cublas_check(b, cublasLtMatrixLayoutCreate(&m->w, type, (uint64_t)in, (uint64_t)out, in));
-    cublas_check(b, cublasLtMatrixLayoutCreate(&m->x, type, (uint64_t)in, (uint64_t)tokens, in));
-    cublas_check(b, cublasLtMatrixLayoutCreate(&m->y, CUDA_R_32F, (uint64_t)out, (uint64_t)tokens,
-                                               out));
+    cublas_check(b, cublasLtMatrixLayoutCreate(&m->w, type, in, out, l->in));
+    cublas_check(b, cublasLtMatrixLayoutCreate(&m->x, type, in, T, l->in));
+    cublas_check(b, cublasLtMatrixLayoutCreate(&m->y, CUDA_R_32F, out, T, l->out));
 }
 
 static void matmul_forget(struct matmul *m) {
@@ -139,41 +185,93 @@ static void matmul_forget(struct matmul *m) {
     cublasLtMatmulDescDestroy(m->operation);
 }
 
-// The library's first choice for this shape; false when it has none.
-static bool algorithm_find(struct backend *b, struct linear *l, const struct matmul *m,
-                           int tokens) {
+static cublasStatus_t matmul_queue(struct backend *b, const struct matmul *m,
+                                   const cublasLtMatmulAlgo_t *algorithm) {
+    float one = 1.0f, zero = 0.0f;
+    void *workspace = cuda_scratch(b, SCRATCH_WORKSPACE, WORKSPACE_BYTES);
+    return cublasLtMatmul(matmuls_of(b)->library, m->operation, &one, m->weights, m->w, m->from,
+                          m->x, &zero, m->to, m->y, m->to, m->y, algorithm, workspace,
+                          WORKSPACE_BYTES, b->stream);
+}
+
+// ------------------------------------------------------------------ choosing
+
+// What the library suggests for the shape, best guess first. Returns how many.
+static int suggestions(struct backend *b, const struct matmul *m,
+                       cublasLtMatmulHeuristicResult_t found[SUGGESTIONS]) {
     size_t bytes = WORKSPACE_BYTES;
     cublasLtMatmulPreference_t preference;
-    cublasLtMatmulHeuristicResult_t found;
     int count = 0;
-    if (!cublas_check(b, cublasLtMatmulPreferenceCreate(&preference))) return false;
+    if (!cublas_check(b, cublasLtMatmulPreferenceCreate(&preference))) return 0;
     cublas_check(b, cublasLtMatmulPreferenceSetAttribute(
                         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes));
-    bool good = cublas_check(b, cublasLtMatmulAlgoGetHeuristic(
-                                    (cublasLtHandle_t)b->matmul, m->operation, m->w, m->x, m->y,
-                                    m->y, preference, 1, &found, &count));
+    cublas_check(b, cublasLtMatmulAlgoGetHeuristic(matmuls_of(b)->library, m->operation, m->w, m->x,
+                                                   m->y, m->y, preference, SUGGESTIONS, found,
+                                                   &count));
     cublasLtMatmulPreferenceDestroy(preference);
-    if (!good || count == 0) return false;
-    l->kept[tokens % linear::KEPT] = {tokens, found.algo};
+    return count;
+}
+
+// Milliseconds of one run; negative: it does not run.
+static float run_time(struct backend *b, const struct matmul *m,
+                      const cublasLtMatmulAlgo_t *algorithm) {
+    struct matmuls *all = matmuls_of(b);
+    float milliseconds = -1.0f;
+    cuda_check(b, cudaEventRecord(all->begin, b->stream), "a timing");
+    if (matmul_queue(b, m, algorithm) != CUBLAS_STATUS_SUCCESS) return -1.0f;
+    cuda_check(b, cudaEventRecord(all->end, b->stream), "a timing");
+    cuda_check(b, cudaEventSynchronize(all->end), "a timing");
+    cuda_check(b, cudaEventElapsedTime(&milliseconds, all->begin, all->end), "a timing");
+    return milliseconds;
+}
+
+// The fastest of `count` suggestions. They take turns, so that none has the caches to itself.
+static int fastest(struct backend *b, const struct matmul *m,
+                   const cublasLtMatmulHeuristicResult_t *found, int count) {
+    float best[SUGGESTIONS];
+    int fastest = 0;
+    for (int i = 0; i < count; i++) best[i] = INFINITY;
+    for (int round = 0; round <= TIMINGS; round++) // the first warms up
+        for (int i = 0; i < count && !b->failed; i++) {
+            float time = run_time(b, m, &found[i].algo);
+            if (round > 0 && time >= 0.0f && time < best[i]) best[i] = time;
+        }
+    for (int i = 1; i < count; i++)
+        if (best[i] < best[fastest]) fastest = i;
+    return fastest;
+}
+
+// False when there is none: the backend has failed then.
+static bool algorithm_of(struct backend *b, const struct matmul *m, const struct linear *l,
+                         int tokens, cublasLtMatmulAlgo_t *algorithm) {
+    struct matmuls *all = matmuls_of(b);
+    const struct algorithm *known =
+        algorithm_cache_find(all->algorithms, l->out, l->in, tokens);
+    if (known) {
+        memcpy(algorithm, known->bytes, sizeof *algorithm);
+        return true;
+    }
+    cublasLtMatmulHeuristicResult_t found[SUGGESTIONS];
+    int count = suggestions(b, m, found);
+    if (count == 0) {
+        cuda_check(b, cudaErrorUnknown, "no cuBLASLt algorithm for a matmul");
+        return false;
+    }
+    bool times = all->end && count > 1 && tokens <= TUNED_TOKENS &&
+                 b->mode == backend::STEP_QUEUED;
+    *algorithm = found[times ? fastest(b, m, found, count) : 0].algo;
+    struct algorithm kept = {l->out, l->in, tokens, {}};
+    memcpy(kept.bytes, algorithm, sizeof *algorithm);
+    algorithm_cache_add(all->algorithms, &kept, times);
     return true;
 }
 
-void cuda_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
-                 int tokens) {
+void cuda_linear(struct backend *b, const struct linear *l, void *y, const void *x, int tokens) {
     if (tokens == 0) return;
-    struct linear *l = const_cast<struct linear *>(linear); // remembers algorithms
     struct matmul m;
-    matmul_describe(b, &m, l->out, l->in, tokens);
-    auto *kept = &l->kept[tokens % linear::KEPT];
-    if (kept->tokens == tokens || algorithm_find(b, l, &m, tokens)) {
-        float one = 1.0f, zero = 0.0f;
-        void *workspace = cuda_scratch(b, SCRATCH_WORKSPACE, WORKSPACE_BYTES);
-        cublas_check(b, cublasLtMatmul((cublasLtHandle_t)b->matmul, m.operation, &one, l->weights,
-                                       m.w, x, m.x, &zero, y, m.y, y, m.y, &kept->algorithm,
-                                       workspace, WORKSPACE_BYTES, b->stream));
-    } else {
-        cuda_check(b, cudaErrorUnknown, "no cuBLASLt algorithm for a matmul");
-    }
+    cublasLtMatmulAlgo_t algorithm;
+    matmul_describe(b, &m, l, y, x, tokens);
+    if (algorithm_of(b, &m, l, tokens, &algorithm)) cublas_check(b, matmul_queue(b, &m, &algorithm));
     matmul_forget(&m);
 }
 

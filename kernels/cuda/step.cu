@@ -20,6 +20,7 @@ static int32_t rounded_up(int32_t n) {
     return (n + step - 1) / step * step;
 }
 
+// Of every step: so that a few shapes of matmuls serve all.
 static int32_t rounded_rows(int32_t n) {
     int32_t step = n <= 8 ? 1 : n <= 64 ? 8 : STEP_ROUND;
     return (n + step - 1) / step * step;
@@ -38,8 +39,6 @@ static bool may_record(const struct backend *b, const struct step *step) {
 }
 
 static void round_counts(struct step_counts *n) {
-    n->tokens = rounded_rows(n->tokens);
-    n->logits = rounded_rows(n->logits);
     int32_t *others[] = {&n->narrow_items, &n->wide_items, &n->merges, &n->partials, &n->kv_pages,
                          &n->lora_items, &n->lora_pages, &n->rank_max, &n->v_rows};
     for (int32_t *count : others) *count = rounded_up(*count);
@@ -72,6 +71,8 @@ static void step_send(struct backend *b, const struct step *step, bool rounds) {
     struct device_step *plan = &b->step;
     plan->source = *step;
     plan->counts = cuda_step_count(b, step);
+    plan->counts.tokens = rounded_rows(plan->counts.tokens);
+    plan->counts.logits = rounded_rows(plan->counts.logits);
     if (rounds) round_counts(&plan->counts);
     size_t bytes = cuda_step_bytes(&plan->counts);
     // The block may still be read by the copy before.
