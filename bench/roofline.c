@@ -34,7 +34,7 @@ static const char *const operation_colours[OPERATIONS] = {
 
 struct options {
     struct rig_options rig;
-    const char *json, *svg, *commit;
+    const char *json, *svg, *commit, *machine;
     char command[512]; // as typed, cut
     int rounds;
     int batch[BATCHES_MAX], batch_count;
@@ -68,7 +68,7 @@ static void usage(FILE *to) {
             "  --threads N        default: all cores\n"
             "  --rounds N         the best of so many steps counts (default 5)\n"
             "  --json FILE        write the figures;  --svg FILE  a breakdown of each step\n"
-            "  --commit HASH      recorded in the JSON\n");
+            "  --commit HASH      recorded in the JSON;  --machine TEXT  likewise\n");
 }
 
 static bool batches_parse(struct options *o, const char *text) {
@@ -99,7 +99,7 @@ static int options_parse(int argc, char **argv, struct options *o) {
         {"quantization", 1, 0, 'q'},
         {"threads", 1, 0, 't'}, {"rounds", 1, 0, 'n'}, {"json", 1, 0, 'j'},
         {"svg", 1, 0, 's'},     {"commit", 1, 0, 'k'}, {"device", 1, 0, 'D'},
-        {"peak-rows", 1, 0, 'R'},
+        {"peak-rows", 1, 0, 'R'}, {"machine", 1, 0, 'M'},
         {"help", 0, 0, 'h'},    {0, 0, 0, 0}};
     *o = (struct options){.rig = {.device = "cpu", .dtype = DTYPE_BF16, .context = 64,
                                  .peak_rows = 4096}, .rounds = 5};
@@ -131,6 +131,7 @@ static int options_parse(int argc, char **argv, struct options *o) {
         case 'j': o->json = optarg; break;
         case 's': o->svg = optarg; break;
         case 'k': o->commit = optarg; break;
+        case 'M': o->machine = optarg; break;
         case 'R': good = number_parse(optarg, 1, 1 << 16, &o->rig.peak_rows); break;
         case 'D': o->rig.device = optarg; break;
         case 'h': usage(stdout); return 1;
@@ -150,23 +151,33 @@ static int options_parse(int argc, char **argv, struct options *o) {
 
 // ------------------------------------------------------------------ a step, timed
 
-// Adds what passed since *since to `seconds`; NULL: nobody wants to know.
-static void lap(const struct rig *rig, double *since, double *seconds) {
-    if (!since) return;
-    rig->ops->synchronize(rig->backend);
-    double now = clock_seconds();
-    *seconds += now - *since;
-    *since = now;
-}
-
 struct target {
     enum lora_module module;
     float *y;
     int stride;
 };
 
-static void lora_add(struct rig *rig, int layer, const float *x, const struct target *targets,
-                     int count, double *since, double *seconds) {
+// Which of a step's operations are run, and where their times go: `since` NULL times none.
+struct lap {
+    unsigned wanted; // a bit an operation
+    double *since, *seconds;
+};
+
+static bool wants(const struct lap *lap, enum operation operation) {
+    return lap->wanted >> operation & 1;
+}
+
+// After an operation that ran: adds what passed since the last one.
+static void lap_end(const struct rig *rig, const struct lap *lap, enum operation operation) {
+    if (!lap->since) return;
+    rig->ops->synchronize(rig->backend);
+    double now = clock_seconds();
+    lap->seconds[operation] += now - *lap->since;
+    *lap->since = now;
+}
+
+static void lora_run(struct rig *rig, int layer, const float *x, const struct target *targets,
+                     int count, const struct lap *lap) {
     if (rig->options.rank == 0) return;
     struct lora_launch launch = {.layer = layer, .x = x, .in = rig->in[targets[0].module],
                                  .target_count = count, .segments = rig->segments,
@@ -177,46 +188,52 @@ static void lora_add(struct rig *rig, int layer, const float *x, const struct ta
         launch.target[i].out = rig->out[targets[i].module];
         launch.target[i].stride = targets[i].stride;
     }
-    rig->ops->lora_shrink(rig->backend, &launch);
-    lap(rig, since, &seconds[OP_SHRINK]);
-    rig->ops->lora_expand(rig->backend, &launch);
-    lap(rig, since, &seconds[OP_EXPAND]);
+    if (wants(lap, OP_SHRINK)) rig->ops->lora_shrink(rig->backend, &launch);
+    lap_end(rig, lap, OP_SHRINK);
+    if (wants(lap, OP_EXPAND)) rig->ops->lora_expand(rig->backend, &launch);
+    lap_end(rig, lap, OP_EXPAND);
 }
 
-static void layer_run(struct rig *rig, int l, int T, double *since, double *seconds) {
+static void linear_run(struct rig *rig, const struct linear *weights, float *y, const float *x,
+                       int T, const struct lap *lap, enum operation operation) {
+    if (wants(lap, operation)) rig->ops->linear(rig->backend, weights, y, x, T);
+    lap_end(rig, lap, operation);
+}
+
+static void norm_run(struct rig *rig, int T, const struct lap *lap) {
+    if (wants(lap, OP_NORM))
+        rig->ops->rms_norm(rig->backend, rig->normed, rig->x, NULL, rig->gain, 1e-5f, T,
+                           rig->shape.hidden);
+    lap_end(rig, lap, OP_NORM);
+}
+
+static void layer_run(struct rig *rig, int l, int T, const struct lap *lap) {
     const struct backend_ops *ops = rig->ops;
     const struct rig_shape *s = &rig->shape;
     struct backend *b = rig->backend;
     const struct rig_layer *w = &rig->layers[l];
     int q = s->query_heads * s->head_size, kv = s->kv_heads * s->head_size, stride = q + 2 * kv;
-    ops->rms_norm(b, rig->normed, rig->x, NULL, rig->gain, 1e-5f, T, s->hidden);
-    lap(rig, since, &seconds[OP_NORM]);
-    ops->linear(b, w->qkv, rig->qkv, rig->normed, T);
-    lap(rig, since, &seconds[OP_QKV]);
-    lora_add(rig, l, rig->normed, (struct target[]){{LORA_Q, rig->qkv, stride},
-             {LORA_K, rig->qkv + q, stride}, {LORA_V, rig->qkv + q + kv, stride}}, 3, since,
-             seconds);
-    ops->rope_and_kv_write(b, l, rig->qkv, rig->cosines, rig->sines, rig->positions, rig->slots, T,
-                           s->query_heads);
-    lap(rig, since, &seconds[OP_ROPE]);
-    ops->attention(b, l, rig->heads, rig->qkv, rig->spans, rig->span_count, s->query_heads);
-    lap(rig, since, &seconds[OP_ATTENTION]);
-    ops->linear(b, w->out, rig->delta, rig->heads, T);
-    lap(rig, since, &seconds[OP_OUT]);
-    lora_add(rig, l, rig->heads, (struct target[]){{LORA_O, rig->delta, s->hidden}}, 1, since,
-             seconds);
-    ops->rms_norm(b, rig->normed, rig->x, NULL, rig->gain, 1e-5f, T, s->hidden);
-    lap(rig, since, &seconds[OP_NORM]);
-    ops->linear(b, w->gate_up, rig->gate_up, rig->normed, T);
-    lap(rig, since, &seconds[OP_GATE_UP]);
-    lora_add(rig, l, rig->normed, (struct target[]){{LORA_GATE, rig->gate_up, 2 * s->ffn},
-             {LORA_UP, rig->gate_up + s->ffn, 2 * s->ffn}}, 2, since, seconds);
-    ops->silu_mul(b, rig->gated, rig->gate_up, T, s->ffn);
-    lap(rig, since, &seconds[OP_SILU]);
-    ops->linear(b, w->down, rig->delta, rig->gated, T);
-    lap(rig, since, &seconds[OP_DOWN]);
-    lora_add(rig, l, rig->gated, (struct target[]){{LORA_DOWN, rig->delta, s->hidden}}, 1, since,
-             seconds);
+    norm_run(rig, T, lap);
+    linear_run(rig, w->qkv, rig->qkv, rig->normed, T, lap, OP_QKV);
+    lora_run(rig, l, rig->normed, (struct target[]){{LORA_Q, rig->qkv, stride},
+             {LORA_K, rig->qkv + q, stride}, {LORA_V, rig->qkv + q + kv, stride}}, 3, lap);
+    if (wants(lap, OP_ROPE))
+        ops->rope_and_kv_write(b, l, rig->qkv, rig->cosines, rig->sines, rig->positions,
+                               rig->slots, T, s->query_heads);
+    lap_end(rig, lap, OP_ROPE);
+    if (wants(lap, OP_ATTENTION))
+        ops->attention(b, l, rig->heads, rig->qkv, rig->spans, rig->span_count, s->query_heads);
+    lap_end(rig, lap, OP_ATTENTION);
+    linear_run(rig, w->out, rig->delta, rig->heads, T, lap, OP_OUT);
+    lora_run(rig, l, rig->heads, (struct target[]){{LORA_O, rig->delta, s->hidden}}, 1, lap);
+    norm_run(rig, T, lap);
+    linear_run(rig, w->gate_up, rig->gate_up, rig->normed, T, lap, OP_GATE_UP);
+    lora_run(rig, l, rig->normed, (struct target[]){{LORA_GATE, rig->gate_up, 2 * s->ffn},
+             {LORA_UP, rig->gate_up + s->ffn, 2 * s->ffn}}, 2, lap);
+    if (wants(lap, OP_SILU)) ops->silu_mul(b, rig->gated, rig->gate_up, T, s->ffn);
+    lap_end(rig, lap, OP_SILU);
+    linear_run(rig, w->down, rig->delta, rig->gated, T, lap, OP_DOWN);
+    lora_run(rig, l, rig->gated, (struct target[]){{LORA_DOWN, rig->delta, s->hidden}}, 1, lap);
 }
 
 // What a device reaches on big things, through operations that every backend has: bytes read and
@@ -239,11 +256,13 @@ static struct machine_peak device_peak(struct rig *rig) {
         exit(1);
     }
     for (int round = 0; round <= ROUNDS; round++) { // the first one warms up
-        double since = clock_seconds(), copy = 0, multiply = 0;
+        double begin = clock_seconds();
         ops->silu_mul(b, to, from, rows, ffn);
-        lap(rig, &since, &copy);
+        ops->synchronize(b);
+        double middle = clock_seconds(), copy = middle - begin;
         ops->linear(b, linear, to, from, rows);
-        lap(rig, &since, &multiply);
+        ops->synchronize(b);
+        double multiply = clock_seconds() - middle;
         double bytes = (2.0 * sizeof(float) + (double)written) * (double)elements;
         double flops = 2.0 * rows * width * width;
         if (round == 0) continue;
@@ -262,27 +281,29 @@ static int logit_rows(const struct rig *rig, int T) {
     return rig->options.prefill ? 1 : T;
 }
 
-static void step_run(struct rig *rig, int T, double *since, double *seconds) {
+static void step_run(struct rig *rig, int T, const struct lap *lap) {
     const struct backend_ops *ops = rig->ops;
     struct step_rows rows = {T, logit_rows(rig, T), false};
     if (ops->step_begin) rows = ops->step_begin(rig->backend, &rig->step);
+    if (lap->since) {
+        ops->synchronize(rig->backend);
+        *lap->since = clock_seconds();
+    }
     if (!rows.recorded) {
-        if (since) *since = clock_seconds();
-        for (int l = 0; l < rig->shape.layers; l++)
-            layer_run(rig, l, rows.tokens, since, seconds);
-        ops->linear(rig->backend, rig->head, rig->logits, rig->normed, logit_rows(rig, T));
-        lap(rig, since, &seconds[OP_HEAD]);
+        for (int l = 0; l < rig->shape.layers; l++) layer_run(rig, l, rows.tokens, lap);
+        linear_run(rig, rig->head, rig->logits, rig->normed, logit_rows(rig, T), lap, OP_HEAD);
     }
     if (ops->step_end) ops->step_end(rig->backend);
 }
 
-// As the engine runs it: queued in one go, from a recording where the backend makes them.
-static double whole_step_seconds(struct rig *rig, int T, int rounds) {
+// Seconds of the fastest of `rounds` steps that run the wanted operations without waiting in between,
+// after `unused` ones.
+static double step_seconds(struct rig *rig, int T, unsigned wanted, int unused, int rounds) {
+    struct lap lap = {.wanted = wanted};
     double best = 0;
-    rig->step.repeats = true;
-    for (int round = -2; round < rounds; round++) { // the third is the first replay
-        double unused[OPERATIONS], begin = clock_seconds();
-        step_run(rig, T, NULL, unused);
+    for (int round = -unused; round < rounds; round++) {
+        double begin = clock_seconds();
+        step_run(rig, T, &lap);
         rig->ops->synchronize(rig->backend);
         double seconds = clock_seconds() - begin;
         if (round >= 0 && (best == 0 || seconds < best)) best = seconds;
@@ -290,18 +311,31 @@ static double whole_step_seconds(struct rig *rig, int T, int rounds) {
     return best;
 }
 
+// A device is waited for once for all layers of an operation: a wait takes longer than many of them.
+static void device_measure(struct rig *rig, int T, int rounds, struct step_cost *cost) {
+    for (int i = 0; i < OPERATIONS; i++) {
+        if (rig->options.rank == 0 && (i == OP_SHRINK || i == OP_EXPAND)) continue;
+        cost->of[i].seconds = step_seconds(rig, T, 1u << i, 1, rounds);
+    }
+    rig->step.repeats = true; // the third step is the first that comes from a recording
+    cost->whole_seconds = step_seconds(rig, T, ~0u, 2, rounds);
+}
+
 static void step_measure(struct rig *rig, int T, int rounds, struct step_cost *cost) {
     rig_step(rig, T);
+    if (!rig->ops->computes_on_host) {
+        device_measure(rig, T, rounds, cost);
+        return;
+    }
     double best = 0;
     for (int round = 0; round <= rounds; round++) { // the first one warms up
         double seconds[OPERATIONS] = {0}, since, total = 0;
-        step_run(rig, T, &since, seconds);
+        step_run(rig, T, &(struct lap){~0u, &since, seconds});
         for (int i = 0; i < OPERATIONS; i++) total += seconds[i];
         if (round == 0 || (best > 0 && total >= best)) continue;
         best = total;
         for (int i = 0; i < OPERATIONS; i++) cost->of[i].seconds = seconds[i];
     }
-    if (rig->ops->step_begin) cost->whole_seconds = whole_step_seconds(rig, T, rounds);
 }
 
 // ------------------------------------------------------------------ what it must cost
@@ -389,17 +423,19 @@ static json_t *step_report(const struct rig *rig, const struct machine_peak *pea
     double limit;
     struct cost total = step_total(rig, peak, step, &limit);
     json_t *operations = json_object();
+    double apart = 0; // the operations, each waited for
     printf("M = %d\n  %-16s %9s %9s %9s %9s %7s\n", step->tokens, "operation", "ms", "GB/s",
            "GFLOP/s", "limit ms", "share");
     for (int i = 0; i < OPERATIONS; i++) {
         if (step->of[i].seconds == 0) continue;
         double own = limit_seconds(rig, peak, &step->of[i]);
+        apart += step->of[i].seconds;
         row_print(operation_names[i], &step->of[i], own);
         json_object_set_new(operations, operation_names[i], row_json(&step->of[i], own));
     }
     row_print("step", &total, limit);
-    return json_pack("{s:i,s:o,s:o}", "tokens", step->tokens, "step", row_json(&total, limit),
-                     "operations", operations);
+    return json_pack("{s:i,s:o,s:f,s:o}", "tokens", step->tokens, "step", row_json(&total, limit),
+                     "operations_seconds", apart, "operations", operations);
 }
 
 static json_t *report_head(const struct options *o, const struct machine_peak *peak,
@@ -407,10 +443,11 @@ static json_t *report_head(const struct options *o, const struct machine_peak *p
     static const char *const quantization[] = {"none", "int8", "int4"};
     char cpu[200];
     machine_cpu_name(cpu, sizeof cpu);
+    const char *device = o->machine ? o->machine : o->rig.device;
     json_t *root = json_pack(
         "{s:s,s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:s,s:i,s:i,s:b,s:o}", "what",
         "operations of a step against max(bytes / bandwidth, flops / peak)", "command", o->command,
-        "commit", o->commit ? o->commit : "", "machine", "cpu", cpu, "device", o->rig.device, "threads", o->rig.threads, "limits",
+        "commit", o->commit ? o->commit : "", "machine", "cpu", cpu, "device", device, "threads", o->rig.threads, "limits",
         "read_bytes_per_s", peak->read_bytes_per_s, "f32_flops_per_s", peak->f32_flops_per_s,
         "bf16_flops_per_s", peak->bf16_flops_per_s, "model", o->rig.model, "dtype",
         dtype_name(o->rig.dtype), "quantization", quantization[o->rig.quantization], "context", o->rig.context, "rank", o->rig.rank, "prefill",

@@ -11,7 +11,7 @@
 #ifndef LORAD_SERVER_SAMPLER_H
 #define LORAD_SERVER_SAMPLER_H
 
-#include "kernels/draw.h"
+#include "kernels/backend.h"
 #include "server/request.h"
 
 struct token_logprob {

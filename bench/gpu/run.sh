@@ -2,15 +2,15 @@
 # The one call on a GPU machine: correctness, then figures, inside ten minutes. Carry build-gpu/bin
 # (bench/gpu/pack.sh makes it); results go to $OUT (default bench/results). A stage that fails is
 # reported and the next ones run; the exit status is the number of stages that failed.
-# At most seven files come out.
+# At most ten files come out.
 #   EMULATE=1   the same stages on this processor, tiny shapes, CUDA emulated (build/ must be built)
-#   STAGES="operations greedy roofline serve"   which to run
+#   STAGES="operations greedy roofline serve peers"   which to run
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-bench/results}
 bin=${BIN:-build-gpu/bin}
 commit=$(git rev-parse HEAD 2>/dev/null || cat build-gpu/commit 2>/dev/null || echo unknown)
-stages=${STAGES:-operations greedy roofline serve}
+stages=${STAGES:-operations greedy roofline serve peers}
 emulate=${EMULATE:-}
 lorad=$bin/lorad
 cuda_lorad=$lorad
@@ -64,7 +64,7 @@ roofline() {
     fi
     for rank in 0 16 64; do
         "$bench" roofline --device cuda --model "$model" --batch $batches --context 512 \
-            --rank $rank --rounds 5 --peak-rows $peak --commit "$commit" \
+            --rank $rank --rounds 5 --peak-rows $peak --commit "$commit" --machine "$device" \
             --json "$out/gpu-roofline-r$rank.json" || return 1
     done
     echo "-- shrink beside the base matmul, rank 16; then without recordings"
@@ -74,42 +74,61 @@ roofline() {
         --context 512 --rank 16 --rounds 5 --peak-rows $peak | grep -E "^M|step"
 }
 
-# S-LoRA's S1 shape over the real server: 7B, rank 8 on q k v o, in and out U[8, 512].
+# S-LoRA's S1 shape over the real server: 7B, rank 8 on q k v o, in and out U[8, 512]; a closed loop
+# over the first 5 to all of the adapters.
 serve() {
-    local model=bench/models/llama-2-7b device=cuda count=100 args=() load=(--rate 10 --duration 60)
-    local limits=(--max-step-tokens 2048 --max-seqs 256 --max-model-len 1024 --pool-bytes 48GiB)
+    local model=bench/models/llama-2-7b counts="5 100 1000 2000" args=() n
+    local load=(--concurrency 128 --requests 500)
+    local limits=(--max-step-tokens 2048 --max-seqs 256 --max-model-len 1024 --pool-bytes 48GiB
+                  --host-bytes 40GiB --load-threads 8)
     if [ -n "$emulate" ]; then
-        count=3 load=(--rate 5 --requests 5 --input 4:8 --output 2:4)
+        counts="2 5" load=(--concurrency 2 --requests 4 --input 4:8 --output 2:4)
         limits=(--pool-bytes 16MiB)
         model=$(mktemp -d)
         sed 's/"hidden_size": 4096/"hidden_size": 128/; s/11008/128/; s/_layers": 32/_layers": 2/
              s/_heads": 32/_heads": 4/; s/32000/512/' bench/models/llama-2-7b/config.json \
             >"$model/config.json"
     fi
-    for ((i = 0; i < count; i++)); do
+    for ((i = 0; i < ${counts##* }; i++)); do
         args+=(--adapter "a$i=dummy:rank=8,seed=$i,modules=qkvo")
     done
-    "$cuda_lorad" serve --model "$model" --load-format dummy --device $device --port 18090 \
+    "$cuda_lorad" serve --model "$model" --load-format dummy --device cuda --port 18090 \
         "${limits[@]}" "${args[@]}" >"$logs/server" 2>&1 &
-    local server=$! status=1
+    local server=$! status=0
     for ((i = 0; i < 120; i++)); do
         grep -q "listening on" "$logs/server" && break
         kill -0 $server 2>/dev/null || break
         sleep 1
     done
-    "$bench" --url http://127.0.0.1:18090 "${load[@]}" --commit "$commit" \
-        --json "$out/gpu-s1-$count.json" --report "$out/gpu-s1-$count.html" && status=0
+    for n in $counts; do
+        echo "-- $n adapters"
+        "$bench" --url http://127.0.0.1:18090 "${load[@]}" --adapters "$n" --commit "$commit" \
+            --json "$out/gpu-s1-$n.json" || status=1
+    done
     kill $server
     wait $server
     tail -n 3 "$logs/server"
     return $status
 }
 
-export -f operations greedy roofline serve
-export out logs emulate build lorad cuda_lorad bench commit
-stage operations 150 bash -c operations
-stage greedy 60 bash -c greedy
-stage roofline 200 bash -c roofline
-stage serve 180 bash -c serve
+peers() {
+    local python=python3 args=(--device cuda)
+    [ -z "$emulate" ] || args=(--device cpu --tiny)
+    if ! $python -c "import torch" 2>/dev/null; then
+        echo "no torch: left out"
+        return 0
+    fi
+    $python bench/gpu/peers.py "${args[@]}" --commit "$commit" --json "$out/gpu-peers.json"
+}
+
+export -f operations greedy roofline serve peers
+export out logs emulate build lorad cuda_lorad bench commit device
+stage operations 120 bash -c operations
+stage greedy 40 bash -c greedy
+stage roofline 190 bash -c roofline
+stage serve 150 bash -c serve
+stage peers 90 bash -c peers
+echo >>"$summary"
+python3 tools/figures.py --gpu "$out" >>"$summary" || failed=$((failed + 1))
 cat "$summary"
 exit $failed

@@ -56,7 +56,7 @@ static void synchronize(struct backend *b) {
 
 void cuda_grow(struct backend *b, cudaStream_t stream, struct cuda_buffer *buffer, size_t bytes) {
     if (buffer->bytes >= bytes) return;
-    size_t room = bytes + bytes / 2 + 4096;
+    size_t room = bytes + bytes / 2 + 256;
     if (buffer->memory) {
         cuda_check(b, cudaStreamSynchronize(stream), "a step");
         cudaFree(buffer->memory);

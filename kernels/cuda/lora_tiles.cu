@@ -50,8 +50,8 @@ struct shrink_load {
     words4 a[2][2], x_low[2], x_high[2];
 };
 
-// Every load is under way before the first is waited for; rows that are not there are read from row 0
-// and made zero.
+// Every load is under way before the first is waited for. Rows that are not there are read as row 0:
+// their products are nobody's.
 __device__ static inline void shrink_take(shrink_load *to, const paged<bf16> &pool,
                                           const int32_t *pages, const uint32_t row[2],
                                           const bf16 *x_low, const bf16 *x_high, uint32_t k) {
@@ -79,15 +79,14 @@ __global__ void __launch_bounds__(SHRINK_WARPS *WARP)
     const int32_t *pages = launch.pages + work->pages;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, r = lane / 4, c = lane % 4;
     uint32_t in = (uint32_t)launch.in, row[2];
-    bool there[2], low = r < count, high = r + 8 < count;
 #pragma unroll
     for (int tile = 0; tile < 2; tile++) {
-        there[tile] = rank_first + tile * 8 + r < rank;
-        uint32_t at = (uint32_t)(there[tile] ? rank_first + tile * 8 + r : 0);
-        row[tile] = work->module[module].a + at * in + (uint32_t)(c * EIGHT);
+        int at = rank_first + tile * 8 + r;
+        row[tile] = work->module[module].a + (uint32_t)(at < rank ? at : 0) * in +
+                    (uint32_t)(c * EIGHT);
     }
-    const bf16 *x_low = launch.x + (size_t)(token + (low ? r : 0)) * in + c * EIGHT;
-    const bf16 *x_high = launch.x + (size_t)(token + (high ? r + 8 : 0)) * in + c * EIGHT;
+    const bf16 *x_low = launch.x + (size_t)(token + (r < count ? r : 0)) * in + c * EIGHT;
+    const bf16 *x_high = launch.x + (size_t)(token + (r + 8 < count ? r + 8 : 0)) * in + c * EIGHT;
     float sums[2][4] = {{0}};
     uint32_t end = (uint32_t)(depth + 1) * DEPTH < in ? (uint32_t)(depth + 1) * DEPTH : in;
 #pragma unroll 2
@@ -99,8 +98,7 @@ __global__ void __launch_bounds__(SHRINK_WARPS *WARP)
         for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int tile = 0; tile < 2; tile++)
-                multiply_rows(sums[tile], kept(at.x_low[half], low), kept(at.x_high[half], high),
-                              kept(at.a[half][tile], there[tile]));
+                multiply_rows(sums[tile], at.x_low[half], at.x_high[half], at.a[half][tile]);
     }
     shared<float> parts = dynamic_shared<float>(); // [SHRINK_WARPS][TILE_ROWS][RANKS]
 #pragma unroll
@@ -143,7 +141,8 @@ __device__ static inline void split(uint32_t *big, uint32_t *small, float low, f
     *small = pack(low - bits_to_float(*big << 16), high - bits_to_float(*big & 0xffff0000u));
 }
 
-// A lane's part of 16 ranks of a panel that begins at element b.
+// A lane's part of 16 ranks of a panel that begins at element b. Ranks that are not there are read as
+// the first: their v is zero.
 __device__ static inline void take_ranks(words4 rows[4], const paged<bf16> &pool,
                                          const int32_t *pages, uint32_t b, int first, int rank) {
     int lane = threadIdx.x % WARP;
@@ -182,10 +181,9 @@ __global__ void __launch_bounds__(EXPAND_WARPS *WARP)
         uint32_t big[4], small[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            bool there = i % 2 ? high : low;
-            int at = (there ? r + i % 2 * 8 : 0) * stride + first + 2 * c + i / 2 * 8;
-            split(&big[i], &small[i], there ? v[at] : 0.0f, there ? v[at + 1] : 0.0f);
-            rows[i] = kept(rows[i], first + columns_row(lane, i) < rank);
+            int row = (i % 2 ? high : low) ? r + i % 2 * 8 : 0;
+            int at = row * stride + first + 2 * c + i / 2 * 8;
+            split(&big[i], &small[i], v[at], v[at + 1]);
         }
         multiply_columns(sums, big, rows);
         multiply_columns(sums, small, rows);

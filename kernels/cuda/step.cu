@@ -81,7 +81,7 @@ static void step_send(struct backend *b, const struct step *step, bool rounds) {
     if (b->step_host.bytes < bytes) {
         cudaFreeHost(b->step_host.memory);
         b->step_host = {};
-        size_t room = bytes + bytes / 2 + 4096;
+        size_t room = bytes + bytes / 2 + 256;
         cudaError_t error = cudaMallocHost(&b->step_host.memory, room);
         cuda_check(b, error, "page-locked memory for a step");
         if (error != cudaSuccess) return;

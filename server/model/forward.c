@@ -255,6 +255,16 @@ static size_t carve(size_t *used, size_t bytes) {
     return at;
 }
 
+// Where a device's results arrive: page-locked, where that is faster.
+static void *host_memory(struct model *m, size_t bytes) {
+    return m->ops->host_create ? m->ops->host_create(m->backend, bytes) : mem_alloc_aligned(bytes);
+}
+
+static void host_memory_free(struct model *m, void *memory) {
+    if (m->ops->host_destroy && memory) m->ops->host_destroy(m->backend, memory);
+    else free(memory);
+}
+
 // All activations in one block, sized for the largest step.
 static enum status activations_create(struct model *m, struct error *err) {
     const struct model_config *c = &m->config;
@@ -295,10 +305,12 @@ static enum status activations_create(struct model *m, struct error *err) {
     for (size_t i = 0; i < count; i++) *parts[i].pointer = (char *)m->activations + parts[i].at;
 
     size_t logits = R * (size_t)c->vocabulary;
-    m->host_logits = mem_alloc_aligned(logits * sizeof(float));
-    m->host_ids = mem_alloc(R * sizeof *m->host_ids);
-    if (a != sizeof(float)) m->host_download = mem_alloc_aligned(logits * a);
-    return STATUS_OK;
+    m->host_logits = host_memory(m, logits * sizeof(float));
+    m->host_ids = host_memory(m, R * sizeof *m->host_ids);
+    if (a != sizeof(float)) m->host_download = host_memory(m, logits * a);
+    if (m->host_logits && m->host_ids && (a == sizeof(float) || m->host_download)) return STATUS_OK;
+    return error_set(err, STATUS_NO_MEMORY, "no host memory for %zu rows of logits (%zu bytes)", R,
+                     logits * sizeof(float));
 }
 
 enum status model_create(const struct backend_ops *ops, struct backend *backend,
@@ -350,9 +362,9 @@ void model_destroy(struct model *m) {
     if (m->cosines) m->ops->memory_destroy(m->backend, m->cosines);
     if (m->sines) m->ops->memory_destroy(m->backend, m->sines);
     if (m->activations) m->ops->memory_destroy(m->backend, m->activations);
-    free(m->host_logits);
-    free(m->host_ids);
-    free(m->host_download);
+    host_memory_free(m, m->host_logits);
+    host_memory_free(m, m->host_ids);
+    host_memory_free(m, m->host_download);
     free(m);
 }
 

@@ -280,12 +280,17 @@ static void test_embed_and_gather(void **state) {
             dtype_convert(bytes, (enum dtype)dtype, table, DTYPE_F32, V * H);
             ops->upload(b, stored, bytes, V * H * dtype_bytes((enum dtype)dtype));
             for (int t = 0; t < T; t++) ids[t] = random_between(0, V - 1);
+            int32_t others[T];
+            for (int t = 0; t < T; t++) others[t] = (ids[t] + 1) % V;
             ops->embed(b, y, stored, (enum dtype)dtype, ids, T, H);
+            ops->embed(b, z, stored, (enum dtype)dtype, others, T, H); // nobody waits in between
             ops->synchronize(b);
             float expected[V * H];
             dtype_to_f32(expected, bytes, (enum dtype)dtype, V * H);
             for (int t = 0; t < T; t++)
                 assert_memory_equal(y + t * H, expected + ids[t] * H, H * sizeof *y);
+            for (int t = 0; t < T; t++)
+                assert_memory_equal(z + t * H, expected + others[t] * H, H * sizeof *z);
             for (int t = 0; t < T; t++) ids[t] = random_between(0, T - 1);
             ops->gather_rows(b, z, y, ids, T, H);
             ops->synchronize(b);
@@ -438,6 +443,8 @@ static const struct attention_case attention_cases[] = {
     {8, 1, 256, 1, {{1030, 1}}},                                   // one long decode: split
     {32, 4, 64, 1, {{300, 130}}},                                  // blocks of a long chunk
     {32, 1, 64, 2, {{20, 3}, {270, 1}}},                           // one kv head for all
+    {4, 2, 64, 4, {{600, 3}, {257, 2}, {300, 1}, {17, 8}}},        // drafts, in parts
+    {3, 1, 128, 3, {{515, 5}, {256, 5}, {1, 1}}},
 };
 
 struct attention_rig {

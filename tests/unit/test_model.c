@@ -132,7 +132,42 @@ static void all_in_one_batch(void **state) {
 // different adapters mixed, segments in any order.
 #ifdef LORAD_EMULATE
 extern uint64_t emulate_replays;
+
+static bool is_base(const struct model_rig *rig, const struct run *run) {
+    for (int i = 0; i < rig->adapter_count; i++)
+        if (run->weights[i] != 0) return false;
+    return true;
+}
+
+// Steps of one token, recorded; then one so large that the block of metadata moves (and nothing else
+// does: no adapters); then small ones.
+static void recordings_end_when_memory_moves(void **state) {
+    static struct run runs[RUNS_MAX];
+    (void)state;
+    struct model_rig rig;
+    open_fixture(&rig, backends[0], 0);
+    int count = open_all_runs(&rig, runs), longest = -1, counts[RUNS_MAX] = {0};
+    for (int i = 0; i < count; i++)
+        if (is_base(&rig, &runs[i]) && (longest < 0 || runs[i].length > runs[longest].length))
+            longest = i;
+    struct run *run = &runs[longest];
+    counts[longest] = 1;
+    while (run->done < run->length / 2) rig_step(&rig, runs, counts, count, within_1e_4);
+    uint64_t before = emulate_replays;
+    for (int i = 0; i < count; i++) {
+        int left = is_base(&rig, &runs[i]) ? runs[i].known - runs[i].done : 0;
+        counts[i] = left < 20 ? left : 20;
+    }
+    rig_step(&rig, runs, counts, count, within_1e_4);
+    for (int i = 0; i < count; i++) counts[i] = i == longest;
+    while (run->known < run->length + GREEDY) rig_step(&rig, runs, counts, count, within_1e_4);
+    expect_greedy(&rig, run);
+    assert_true(before > 0 && emulate_replays > before);
+    close_runs(&rig, runs, count);
+    rig_close(&rig);
+}
 #endif
+
 static void random_batches(void **state) {
     static struct run runs[RUNS_MAX];
     for (int b = 0; b < BACKENDS; b++)
@@ -396,6 +431,9 @@ int main(void) {
         cmocka_unit_test(chunked_prefill),
         cmocka_unit_test(all_in_one_batch),
         cmocka_unit_test(random_batches),
+#ifdef LORAD_EMULATE
+        cmocka_unit_test(recordings_end_when_memory_moves),
+#endif
         cmocka_unit_test(bf16_stays_close),
         cmocka_unit_test(names_the_tensor_that_does_not_fit),
         cmocka_unit_test(refuses_changed_files),
