@@ -59,7 +59,10 @@ static void usage(FILE *to) {
             "  --batch 1,16,64    tokens in a step (default 1,2,4,8,16,32,64,256)\n"
             "  --prefill          one sequence of that many tokens; default: that many decodes\n"
             "  --context N        tokens each decode attends to (default 64)\n"
-            "  --rank R           each sequence on its own adapter of this rank (default 0: none)\n"
+            "  --rank R[,R...]    each sequence on an adapter; of these ranks in turn (default 0: none)\n"
+            "  --sharing distinct|one|power  an adapter each, one for all, or one for half of them,\n"
+            "                     one for a quarter, and so on (default distinct)\n"
+            "  --lora-only        lora_shrink and lora_expand alone, without base weights (cuda)\n"
             "  --device cpu|cuda  default cpu; on cuda the limits are measured through the backend's\n"
             "                     own operations: silu_mul over 1 GB, a matmul of 4096 x 8192 x 8192\n"
             "  --peak-rows N      the 4096 of these; the rest is in proportion\n"
@@ -71,16 +74,21 @@ static void usage(FILE *to) {
             "  --commit HASH      recorded in the JSON;  --machine TEXT  likewise\n");
 }
 
-static bool batches_parse(struct options *o, const char *text) {
-    o->batch_count = 0;
+// Numbers from 1 to `high`, comma-separated, at most BATCHES_MAX.
+static bool list_parse(const char *text, int high, int *list, int *count) {
+    *count = 0;
     for (char *end; *text; text = *end ? end + 1 : end) {
         long value = strtol(text, &end, 10);
-        if (end == text || (*end && *end != ',') || value < 1 || value > 4096 ||
-            o->batch_count == BATCHES_MAX)
+        if (end == text || (*end && *end != ',') || value < 1 || value > high ||
+            *count == BATCHES_MAX)
             return false;
-        o->batch[o->batch_count++] = (int)value;
+        list[(*count)++] = (int)value;
     }
-    return o->batch_count > 0;
+    return *count > 0;
+}
+
+static bool batches_parse(struct options *o, const char *text) {
+    return list_parse(text, 4096, o->batch, &o->batch_count);
 }
 
 static bool number_parse(const char *text, int low, int high, int *out) {
@@ -88,6 +96,16 @@ static bool number_parse(const char *text, int low, int high, int *out) {
     long value = strtol(text, &end, 10);
     if (end == text || *end || value < low || value > high) return false;
     *out = (int)value;
+    return true;
+}
+
+static bool ranks_parse(struct rig_options *o, const char *text) {
+    int ranks[BATCHES_MAX], count = 0;
+    o->rank_count = 0;
+    if (strcmp(text, "0") == 0) return true;
+    if (!list_parse(text, LORA_RANK_MAX, ranks, &count) || count > RIG_RANKS_MAX) return false;
+    memcpy(o->ranks, ranks, (size_t)count * sizeof *ranks);
+    o->rank_count = count;
     return true;
 }
 
@@ -100,6 +118,7 @@ static int options_parse(int argc, char **argv, struct options *o) {
         {"threads", 1, 0, 't'}, {"rounds", 1, 0, 'n'}, {"json", 1, 0, 'j'},
         {"svg", 1, 0, 's'},     {"commit", 1, 0, 'k'}, {"device", 1, 0, 'D'},
         {"peak-rows", 1, 0, 'R'}, {"machine", 1, 0, 'M'},
+        {"sharing", 1, 0, 'S'}, {"lora-only", 0, 0, 'L'},
         {"help", 0, 0, 'h'},    {0, 0, 0, 0}};
     *o = (struct options){.rig = {.device = "cpu", .dtype = DTYPE_BF16, .context = 64,
                                  .peak_rows = 4096}, .rounds = 5};
@@ -117,7 +136,12 @@ static int options_parse(int argc, char **argv, struct options *o) {
         case 'b': good = batches_parse(o, optarg); break;
         case 'p': o->rig.prefill = true; break;
         case 'c': good = number_parse(optarg, 1, 1 << 20, &o->rig.context); break;
-        case 'r': good = number_parse(optarg, 0, LORA_RANK_MAX, &o->rig.rank); break;
+        case 'r': good = ranks_parse(&o->rig, optarg); break;
+        case 'L': o->rig.lora_only = true; break;
+        case 'S':
+            good = !strcmp(optarg, "distinct") || !strcmp(optarg, "one") || !strcmp(optarg, "power");
+            o->rig.sharing = *optarg == 'd' ? RIG_DISTINCT : *optarg == 'o' ? RIG_ONE : RIG_POWER;
+            break;
         case 'd':
             good = !strcmp(optarg, "bf16") || !strcmp(optarg, "f32");
             o->rig.dtype = !strcmp(optarg, "f32") ? DTYPE_F32 : DTYPE_BF16;
@@ -144,6 +168,10 @@ static int options_parse(int argc, char **argv, struct options *o) {
     }
     for (int i = 0; i < o->batch_count; i++)
         if (o->batch[i] > o->rig.tokens_max) o->rig.tokens_max = o->batch[i];
+    if (o->rig.lora_only && (strcmp(o->rig.device, "cpu") == 0 || o->rig.rank_count == 0)) {
+        fprintf(stderr, "lorad-bench roofline: --lora-only goes with --device cuda and --rank\n");
+        return 3;
+    }
     if (o->rig.model && optind == argc) return 0;
     usage(stderr);
     return 3;
@@ -178,10 +206,10 @@ static void lap_end(const struct rig *rig, const struct lap *lap, enum operation
 
 static void lora_run(struct rig *rig, int layer, const float *x, const struct target *targets,
                      int count, const struct lap *lap) {
-    if (rig->options.rank == 0) return;
+    if (rig->options.rank_count == 0) return;
     struct lora_launch launch = {.layer = layer, .x = x, .in = rig->in[targets[0].module],
                                  .target_count = count, .segments = rig->segments,
-                                 .segment_count = rig->span_count, .v = rig->v};
+                                 .segment_count = rig->segment_count, .v = rig->v};
     for (int i = 0; i < count; i++) {
         launch.target[i].module = targets[i].module;
         launch.target[i].y = targets[i].y;
@@ -314,9 +342,11 @@ static double step_seconds(struct rig *rig, int T, unsigned wanted, int unused, 
 // A device is waited for once for all layers of an operation: a wait takes longer than many of them.
 static void device_measure(struct rig *rig, int T, int rounds, struct step_cost *cost) {
     for (int i = 0; i < OPERATIONS; i++) {
-        if (rig->options.rank == 0 && (i == OP_SHRINK || i == OP_EXPAND)) continue;
+        bool is_lora = i == OP_SHRINK || i == OP_EXPAND;
+        if (is_lora ? rig->options.rank_count == 0 : rig->options.lora_only) continue;
         cost->of[i].seconds = step_seconds(rig, T, 1u << i, 1, rounds);
     }
+    if (rig->options.lora_only) return;
     rig->step.repeats = true; // the third step is the first that comes from a recording
     cost->whole_seconds = step_seconds(rig, T, ~0u, 2, rounds);
 }
@@ -358,10 +388,24 @@ static double attended(const struct rig *rig) {
     return pairs;
 }
 
+static void lora_price(const struct rig *rig, struct step_cost *cost) {
+    double elem = (double)dtype_bytes(rig->options.dtype);
+    for (int i = 0; i < rig->segment_count; i++)
+        for (int m = 0; m < LORA_MODULES; m++) {
+            const struct lora_segment *segment = &rig->segments[i];
+            double a = (double)segment->rank[m] * rig->in[m];
+            double b = (double)segment->rank[m] * rig->out[m];
+            cost->of[OP_SHRINK].bytes += a * elem;
+            cost->of[OP_SHRINK].flops += 2 * a * segment->token_count;
+            cost->of[OP_EXPAND].bytes += b * elem;
+            cost->of[OP_EXPAND].flops += 2 * b * segment->token_count;
+        }
+}
+
 static void step_price(const struct rig *rig, int T, struct step_cost *cost) {
     const struct rig_shape *s = &rig->shape;
     double q = (double)s->query_heads * s->head_size, kv = (double)s->kv_heads * s->head_size;
-    double elem = (double)dtype_bytes(rig->options.dtype), rank = rig->options.rank, context = 0;
+    double elem = (double)dtype_bytes(rig->options.dtype), context = 0;
     for (int i = 0; i < rig->span_count; i++) context += rig->spans[i].context;
     for (int l = 0; l < s->layers; l++) {
         linear_add(rig, &cost->of[OP_QKV], q + 2 * kv, s->hidden, T);
@@ -370,12 +414,7 @@ static void step_price(const struct rig *rig, int T, struct step_cost *cost) {
         linear_add(rig, &cost->of[OP_DOWN], s->hidden, s->ffn, T);
         cost->of[OP_ATTENTION].bytes += context * 2 * kv * elem;
         cost->of[OP_ATTENTION].flops += 4 * attended(rig) * q;
-        for (int m = 0; m < LORA_MODULES; m++) {
-            cost->of[OP_SHRINK].bytes += rig->span_count * rank * rig->in[m] * elem;
-            cost->of[OP_SHRINK].flops += 2.0 * T * rank * rig->in[m];
-            cost->of[OP_EXPAND].bytes += rig->span_count * rank * rig->out[m] * elem;
-            cost->of[OP_EXPAND].flops += 2.0 * T * rank * rig->out[m];
-        }
+        lora_price(rig, cost);
     }
     linear_add(rig, &cost->of[OP_HEAD], s->vocabulary, s->hidden, logit_rows(rig, T));
 }
@@ -396,6 +435,7 @@ static struct cost step_total(const struct rig *rig, const struct machine_peak *
     struct cost total = {0};
     *limit = 0;
     for (int i = 0; i < OPERATIONS; i++) {
+        if (step->of[i].seconds == 0) continue; // it was not run
         total.seconds += step->of[i].seconds;
         total.bytes += step->of[i].bytes;
         total.flops += step->of[i].flops;
@@ -441,16 +481,21 @@ static json_t *step_report(const struct rig *rig, const struct machine_peak *pea
 static json_t *report_head(const struct options *o, const struct machine_peak *peak,
                            json_t *steps) {
     static const char *const quantization[] = {"none", "int8", "int4"};
+    static const char *const sharing[] = {"distinct", "one", "power"};
+    int ranks = o->rig.rank_count;
+    json_t *list = json_array();
+    for (int i = 0; i < ranks; i++) json_array_append_new(list, json_integer(o->rig.ranks[i]));
     char cpu[200];
     machine_cpu_name(cpu, sizeof cpu);
     const char *device = o->machine ? o->machine : o->rig.device;
     json_t *root = json_pack(
-        "{s:s,s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:s,s:i,s:i,s:b,s:o}", "what",
+        "{s:s,s:s,s:s,s:{s:s,s:s,s:i},s:{s:f,s:f,s:f},s:s,s:s,s:s,s:i,s:i,s:o,s:s,s:b,s:o}", "what",
         "operations of a step against max(bytes / bandwidth, flops / peak)", "command", o->command,
         "commit", o->commit ? o->commit : "", "machine", "cpu", cpu, "device", device, "threads", o->rig.threads, "limits",
         "read_bytes_per_s", peak->read_bytes_per_s, "f32_flops_per_s", peak->f32_flops_per_s,
         "bf16_flops_per_s", peak->bf16_flops_per_s, "model", o->rig.model, "dtype",
-        dtype_name(o->rig.dtype), "quantization", quantization[o->rig.quantization], "context", o->rig.context, "rank", o->rig.rank, "prefill",
+        dtype_name(o->rig.dtype), "quantization", quantization[o->rig.quantization], "context", o->rig.context, "rank", ranks > 0 ? o->rig.ranks[0] : 0, "ranks", list,
+        "sharing", sharing[o->rig.sharing], "prefill",
         o->rig.prefill, "steps", steps);
     return root;
 }

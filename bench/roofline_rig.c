@@ -87,9 +87,10 @@ static void weights_make(struct rig *rig) {
     int q = s->query_heads * s->head_size, kv = s->kv_heads * s->head_size;
     size_t most = (size_t)s->hidden * (size_t)(s->vocabulary > 2 * s->ffn ? s->vocabulary
                                                                            : 2 * s->ffn);
+    rig->layers = mem_zalloc((size_t)s->layers, sizeof *rig->layers);
+    if (rig->options.lora_only) return;
     void *weights = mem_alloc(most * dtype_bytes(rig->options.dtype));
     fill(weights, rig->options.dtype, most);
-    rig->layers = mem_zalloc((size_t)s->layers, sizeof *rig->layers);
     for (int l = 0; l < s->layers; l++)
         rig->layers[l] = (struct rig_layer){
             linear_make(rig, weights, q + 2 * kv, s->hidden), linear_make(rig, weights, s->hidden, q),
@@ -127,11 +128,13 @@ static void activations_make(struct rig *rig) {
     fill_device(rig, rig->x, T * H);
 }
 
-// Modules side by side in one image: A then B of each, as pager/adapter.h has them.
-static void adapter_shape(struct rig *rig, struct lora_segment *segment) {
+// Adapter number i's modules side by side in one image: A then B of each, as pager/adapter.h has them.
+// Returns the image's elements.
+static int64_t adapter_shape(struct rig *rig, int i, struct lora_segment *segment) {
     const struct rig_shape *s = &rig->shape;
+    const struct rig_options *o = &rig->options;
     int q = s->query_heads * s->head_size, kv = s->kv_heads * s->head_size;
-    int r = rig->options.rank;
+    int r = o->rank_count > 0 ? o->ranks[i % o->rank_count] : 0;
     const int in[LORA_MODULES] = {s->hidden, s->hidden, s->hidden, q, s->hidden, s->hidden, s->ffn};
     const int out[LORA_MODULES] = {q, kv, kv, s->hidden, s->ffn, s->ffn, s->hidden};
     int64_t at = 0;
@@ -144,16 +147,30 @@ static void adapter_shape(struct rig *rig, struct lora_segment *segment) {
         segment->b_offset[m] = at;
         at = (at + (int64_t)r * out[m] + 7) / 8 * 8;
     }
-    rig->layer_elems = at;
+    return at;
 }
 
 static size_t page_elems(const struct rig *rig) {
     return 2 * (size_t)rig->shape.kv_heads * PAGE_TOKENS * (size_t)rig->shape.head_size;
 }
 
-// Pages of an adapter in a layer.
-static int rig_adapter_pages(const struct rig *rig) {
-    return (int)(((size_t)rig->layer_elems + page_elems(rig) - 1) / page_elems(rig));
+// Pages of adapter number i in a layer.
+static int adapter_page_count(struct rig *rig, int i) {
+    struct lora_segment segment;
+    return (int)(((size_t)adapter_shape(rig, i, &segment) + page_elems(rig) - 1) / page_elems(rig));
+}
+
+// The adapter of sequence i out of `sequences`.
+static int adapter_of(const struct rig *rig, int i, int sequences) {
+    if (rig->options.sharing == RIG_ONE) return 0;
+    if (rig->options.sharing == RIG_DISTINCT) return i;
+    int adapter = 0;
+    for (int end = (sequences + 1) / 2, left = sequences - end; i >= end && left > 0; adapter++) {
+        int more = (left + 1) / 2;
+        end += more;
+        left -= more;
+    }
+    return adapter;
 }
 
 static int32_t *take_pages(int32_t *next, int count) {
@@ -166,35 +183,54 @@ static void pool_make(struct rig *rig) {
     const struct rig_shape *s = &rig->shape;
     const struct rig_options *o = &rig->options;
     size_t elems = page_elems(rig);
-    struct lora_segment segment = {0};
-    adapter_shape(rig, &segment);
     int tokens = o->prefill ? rig->options.tokens_max : o->context;
     int kv_pages = (tokens + PAGE_TOKENS - 1) / PAGE_TOKENS;
-    int adapter_pages = rig_adapter_pages(rig);
-    struct pool_shape shape = {s->layers, rig->sequences * (kv_pages + adapter_pages),
+    int all_pages = 0, most_pages = 1;
+    for (int i = 0; i < rig->sequences; i++) {
+        int pages = adapter_page_count(rig, i);
+        all_pages += kv_pages + pages;
+        if (pages > most_pages) most_pages = pages;
+    }
+    struct pool_shape shape = {s->layers, all_pages,
                                s->kv_heads, s->head_size, elems, dtype_bytes(o->dtype)};
     void *pool = block(rig, (size_t)shape.layers * (size_t)shape.page_count * elems,
                       shape.elem_bytes);
     rig->ops->pool_attach(rig->backend, pool, &shape);
-    size_t image = (size_t)adapter_pages * elems;
-    void *filling = mem_alloc((image > elems ? image : elems) * shape.elem_bytes);
-    fill(filling, o->dtype, image > elems ? image : elems);
+    size_t most = (size_t)most_pages * elems;
+    void *filling = mem_alloc(most * shape.elem_bytes);
+    fill(filling, o->dtype, most);
     rig->kv_pages = mem_zalloc((size_t)rig->sequences, sizeof *rig->kv_pages);
     rig->adapter_pages = mem_zalloc((size_t)rig->sequences, sizeof *rig->adapter_pages);
     int32_t next = 0;
     for (int i = 0; i < rig->sequences; i++) {
         rig->kv_pages[i] = take_pages(&next, kv_pages);
-        rig->adapter_pages[i] = take_pages(&next, adapter_pages);
+        int pages = adapter_page_count(rig, i);
+        rig->adapter_pages[i] = take_pages(&next, pages);
         for (int l = 0; l < s->layers; l++) {
             for (int p = 0; p < kv_pages; p++)
                 rig->ops->pool_write(rig->backend, l, &rig->kv_pages[i][p], filling, elems);
-            if (o->rank > 0)
-                rig->ops->pool_write(rig->backend, l, rig->adapter_pages[i], filling,
-                                (size_t)rig->layer_elems);
+            rig->ops->pool_write(rig->backend, l, rig->adapter_pages[i], filling,
+                                 (size_t)pages * elems);
         }
     }
     if (rig->ops->pool_written) rig->ops->pool_written(rig->backend);
     free(filling);
+}
+
+// More tokens of an adapter: of the last segment, or a new one.
+static void add_segment(struct rig *rig, int adapter, int token_first, int count) {
+    if (rig->options.rank_count == 0) return;
+    struct lora_segment *last = &rig->segments[rig->segment_count];
+    if (rig->segment_count > 0 && last[-1].pages == rig->adapter_pages[adapter]) {
+        last[-1].token_count += count;
+        return;
+    }
+    *last = (struct lora_segment){.token_first = token_first, .token_count = count,
+                                  .v_first = token_first, .weight = 1.0f,
+                                  .pages = rig->adapter_pages[adapter],
+                                  .page_count = adapter_page_count(rig, adapter)};
+    adapter_shape(rig, adapter, last);
+    rig->segment_count++;
 }
 
 // The step's arrays for M tokens.
@@ -202,14 +238,11 @@ void rig_step(struct rig *rig, int tokens) {
     const struct rig_options *o = &rig->options;
     int spans = o->prefill ? 1 : tokens, each = o->prefill ? tokens : 1;
     rig->span_count = spans;
+    rig->segment_count = 0;
     for (int i = 0; i < spans; i++) {
         int context = o->prefill ? tokens : o->context;
         rig->spans[i] = (struct attention_span){i * each, each, context, rig->kv_pages[i]};
-        rig->segments[i] = (struct lora_segment){.token_first = i * each, .token_count = each,
-                                                 .v_first = i * each, .weight = 1.0f,
-                                                 .pages = rig->adapter_pages[i]};
-        adapter_shape(rig, &rig->segments[i]);
-        rig->segments[i].page_count = rig_adapter_pages(rig);
+        add_segment(rig, adapter_of(rig, i, spans), i * each, each);
         for (int t = 0; t < each; t++) {
             int position = context - each + t;
             rig->positions[i * each + t] = position;
@@ -221,7 +254,7 @@ void rig_step(struct rig *rig, int tokens) {
                               .positions = rig->positions, .slots = rig->slots,
                               .spans = rig->spans, .span_count = spans,
                               .segments = rig->segments,
-                              .segment_count = o->rank > 0 ? spans : 0};
+                              .segment_count = rig->segment_count};
 }
 
 bool rig_init(struct rig *rig, const struct rig_options *options) {
@@ -239,6 +272,8 @@ bool rig_init(struct rig *rig, const struct rig_options *options) {
         return false;
     }
     rig->sequences = options->prefill ? 1 : options->tokens_max;
+    struct lora_segment unused;
+    adapter_shape(rig, 0, &unused); // sets in and out
     weights_make(rig);
     activations_make(rig);
     pool_make(rig);

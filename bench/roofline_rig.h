@@ -14,14 +14,21 @@ struct rig_layer {
     struct linear *qkv, *out, *gate_up, *down;
 };
 
+enum { RIG_RANKS_MAX = 8 };
+// Which sequences share an adapter: none, all, or a half, a quarter, an eighth, ... the rest.
+enum rig_sharing { RIG_DISTINCT, RIG_ONE, RIG_POWER };
+
 struct rig_options {
     const char *model; // folder with config.json
     const char *device; // cpu or cuda
     enum dtype dtype;
     enum quantization quantization;
-    int threads, context, rank;
+    int threads, context;
+    int ranks[RIG_RANKS_MAX], rank_count; // of the adapters in turn; 0: none
+    enum rig_sharing sharing;
     int peak_rows;     // of what measures a device's limits
     bool prefill;      // one sequence of all tokens; else one token a sequence
+    bool lora_only;    // no base weights: only lora_shrink and lora_expand can run
     int tokens_max;
 };
 
@@ -39,10 +46,9 @@ struct rig {
     struct attention_span *spans;
     struct lora_segment *segments;
     struct step step; // of these arrays
-    int span_count;
+    int span_count, segment_count;
     int32_t **kv_pages, **adapter_pages; // [sequences]
     int sequences;
-    int64_t layer_elems; // of an adapter's image
     int in[LORA_MODULES], out[LORA_MODULES];
 };
 

@@ -258,6 +258,23 @@ def gpu_roofline(folder):
     return lines[:-1]
 
 
+def gpu_lora(folder):
+    path = folder / "gpu-lora.json"
+    if not path.exists():
+        return []
+    lines = ["", "**LoRA's kernels, share of max(bytes / bandwidth, flops / peak): shrink, expand**", ""]
+    runs = json.loads(path.read_text(encoding="utf-8"))
+    batches = [step["tokens"] for step in runs[0]["steps"]]
+    lines += ["| adapters | rank | " + " | ".join(f"batch {b}" for b in batches) + " |",
+              "|---|---|" + "---:|" * len(batches)]
+    for run in runs:
+        shares = [", ".join(f"{step['operations'][name]['share_of_limit']:.0%}"
+                            for name in ("lora shrink", "lora expand")) for step in run["steps"]]
+        lines.append(f"| {run['sharing']} | {', '.join(map(str, run['ranks']))} | " +
+                     " | ".join(shares) + " |")
+    return lines
+
+
 def gpu_serving(folder):
     runs = sorted((json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("gpu-s1-*.json")),
                   key=lambda run: run["adapters"])
@@ -297,7 +314,7 @@ def gpu_peers(folder):
 
 
 def gpu(folder=RESULTS):
-    lines = gpu_roofline(folder) + gpu_serving(folder) + gpu_peers(folder)
+    lines = gpu_roofline(folder) + gpu_lora(folder) + gpu_serving(folder) + gpu_peers(folder)
     return "\n".join(lines) if lines else (
         "**Nothing has been measured on a GPU yet.** No figure in this repository is a GPU's.")
 

@@ -4,13 +4,13 @@
 # reported and the next ones run; the exit status is the number of stages that failed.
 # At most ten files come out.
 #   EMULATE=1   the same stages on this processor, tiny shapes, CUDA emulated (build/ must be built)
-#   STAGES="operations greedy roofline serve peers"   which to run
+#   STAGES="operations greedy roofline lora serve peers"   which to run
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-bench/results}
 bin=${BIN:-build-gpu/bin}
 commit=$(git rev-parse HEAD 2>/dev/null || cat build-gpu/commit 2>/dev/null || echo unknown)
-stages=${STAGES:-operations greedy roofline serve peers}
+stages=${STAGES:-operations greedy roofline lora serve peers}
 emulate=${EMULATE:-}
 lorad=$bin/lorad
 cuda_lorad=$lorad
@@ -74,6 +74,29 @@ roofline() {
         --context 512 --rank 16 --rounds 5 --peak-rows $peak | grep -E "^M|step"
 }
 
+# LoRA's kernels alone: batch by who shares an adapter by rank, on four layers of a 7B.
+lora() {
+    local model batches=1,8,32,64,256 peak=4096 sharing ranks layers=4 parts=()
+    model=$(mktemp -d)
+    if [ -n "$emulate" ]; then
+        batches=1,3 peak=16 layers=1
+        bench=$build/tests/emulation/lorad-bench-emulated
+    fi
+    sed "s/_layers\": 32/_layers\": $layers/; ${emulate:+s/4096/256/; s/11008/256/; s/_heads\": 32/_heads\": 4/}" \
+        bench/models/llama-2-7b/config.json >"$model/config.json"
+    for sharing in distinct one power; do
+        for ranks in 8 16 64 8,16,32,64; do
+            parts+=("$logs/lora-$sharing-$ranks.json")
+            "$bench" roofline --device cuda --model "$model" --batch $batches --context 16 \
+                --lora-only --rank $ranks --sharing $sharing --rounds 5 --peak-rows $peak \
+                --commit "$commit" --machine "$device" --json "${parts[-1]}" || return 1
+        done
+    done
+    python3 -c 'import json, sys; json.dump([json.load(open(p)) for p in sys.argv[2:]],
+                                           open(sys.argv[1], "w"), indent=1)' \
+        "$out/gpu-lora.json" "${parts[@]}"
+}
+
 # S-LoRA's S1 shape over the real server: 7B, rank 8 on q k v o, in and out U[8, 512]; a closed loop
 # over the first 5 to all of the adapters.
 serve() {
@@ -121,13 +144,14 @@ peers() {
     $python bench/gpu/peers.py "${args[@]}" --commit "$commit" --json "$out/gpu-peers.json"
 }
 
-export -f operations greedy roofline serve peers
+export -f operations greedy roofline lora serve peers
 export out logs emulate build lorad cuda_lorad bench commit device
-stage operations 120 bash -c operations
+stage operations 110 bash -c operations
 stage greedy 40 bash -c greedy
-stage roofline 190 bash -c roofline
-stage serve 150 bash -c serve
-stage peers 90 bash -c peers
+stage roofline 180 bash -c roofline
+stage lora 60 bash -c lora
+stage serve 140 bash -c serve
+stage peers 70 bash -c peers
 echo >>"$summary"
 python3 tools/figures.py --gpu "$out" >>"$summary" || failed=$((failed + 1))
 cat "$summary"
