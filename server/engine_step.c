@@ -290,12 +290,22 @@ static void find_draft_pages(struct engine *engine) {
     }
 }
 
+// While a device computes: who came in, and adapters on their way. Neither touches who runs, nor pages
+// that the step uses: free ones and those of the idle alone are given to adapters.
+static void work_beside_device(struct engine *engine) {
+    if (engine->ops->computes_on_host) return;
+    take_submissions(engine);
+    engine_move_adapters(engine, engine_now_s());
+}
+
 static void compute(struct engine *engine) {
     engine_batch_build(engine);
     const struct engine_batch *batch = &engine->batch;
     VERIFY_OP(batch->step.token_count, >, 0); // who runs has work
     double before = engine_now_s();
-    struct model_rows rows = model_forward(engine->model, &batch->step);
+    model_queue(engine->model, &batch->step);
+    work_beside_device(engine);
+    struct model_rows rows = model_wait(engine->model);
     double after = engine_now_s();
     if (!engine->ops->health(engine->backend)) {
         log_event(LOG_ERROR, "device_failed", "step=%llu", (unsigned long long)engine->step);

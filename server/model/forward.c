@@ -1,5 +1,6 @@
 // The base model's forward pass over one step's tokens, and the life of struct model.
-// The engine thread calls model_forward; model_create and model_destroy run before and after it.
+// The engine thread calls model_queue and model_wait; model_create and model_destroy run before and
+// after them.
 //
 // A step is a ragged batch: T tokens of several sequences laid end to end, some of them prefill
 // chunks, some single decodes. Matmuls see only [T, .]; attention learns from the spans where each
@@ -184,13 +185,22 @@ static int rows_download(struct model *m, const struct step *step, int first) {
     return end;
 }
 
-struct model_rows model_forward(struct model *m, const struct step *step) {
+void model_queue(struct model *m, const struct step *step) {
     const struct backend_ops *ops = m->ops;
+    VERIFY(!m->queued);
     step_verify(m, step);
+    m->queued = step;
     struct step_rows rows = {step->token_count, step->logit_count, false};
     if (ops->step_begin) rows = ops->step_begin(m->backend, step);
     if (!rows.recorded) step_queue(m, step, rows.tokens, rows.logits);
     if (ops->step_end) ops->step_end(m->backend);
+}
+
+struct model_rows model_wait(struct model *m) {
+    const struct backend_ops *ops = m->ops;
+    const struct step *step = m->queued;
+    VERIFY(step);
+    m->queued = NULL;
     int R = step->logit_count;
     bool draws = ops->draw && step->draws;
     if (draws && R > 0)
@@ -198,6 +208,11 @@ struct model_rows model_forward(struct model *m, const struct step *step) {
     for (int r = 0; r < R;) r = is_drawn(m, step, r) ? r + 1 : rows_download(m, step, r);
     ops->synchronize(m->backend);
     return (struct model_rows){m->host_logits, draws ? m->host_ids : NULL};
+}
+
+struct model_rows model_forward(struct model *m, const struct step *step) {
+    model_queue(m, step);
+    return model_wait(m);
 }
 
 // ------------------------------------------------------------------ RoPE tables

@@ -35,5 +35,8 @@ struct model_rows {
     const int32_t *ids;  // [logit_count] tokens by step->draws; NULL: the backend does not draw
 };
 struct model_rows model_forward(struct model *model, const struct step *step);
+// The same in two: a device computes in between. `step` and its arrays stay as they are until the end.
+void model_queue(struct model *model, const struct step *step);
+struct model_rows model_wait(struct model *model);
 
 #endif

@@ -47,6 +47,7 @@ struct model {
     int32_t *ids;  // [R] tokens that the backend draws
     float *v;      // LoRA scratch [v_rows_max, LORA_TARGETS_MAX, LORA_RANK_MAX]
 
+    const struct step *queued; // NULL: none; borrowed
     float *host_logits;  // [R, V]
     int32_t *host_ids;   // [R]
     void *host_download; // [R, V] activations as they come, when those are not f32

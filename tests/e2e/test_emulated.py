@@ -37,6 +37,28 @@ def test_same_tokens_as_the_cpu(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists(EMULATED), reason="the emulation is for x86-64")
+def test_adapters_come_and_go_beside_steps(monkeypatch):
+    """Room for three of nine adapters: they are copied into pages that others left, on a stream of
+    their own, while steps are queued; tokens stay what they are on the CPU."""
+    names = [f"r{i}" for i in range(9)]
+    options = [x for i, name in enumerate(names)
+               for x in ("--adapter", f"{name}=dummy:rank={24 + i},seed={i},modules=all")]
+    options += ["--dtype", "f32", "--pool-bytes", "3MiB", "--max-model-len", "128"]
+    results = []
+    for device, program in ("cpu", server.LORAD), ("cuda", EMULATED):
+        monkeypatch.setattr(server, "LORAD", program)
+        one = Server(*options, "--device", device)
+        asked = [dict(model=names[(5 * i) % 9], prompt=[(11 * i + j * j) % 500 + 2
+                                                       for j in range(3 + 2 * (i % 9))],
+                      max_tokens=6) for i in range(27)]
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            results.append(list(pool.map(lambda fields: one.tokens(**fields), asked)))
+        assert one.metric("lorad_adapter_evictions_total") >= 9
+        assert one.stop() == 0
+    assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not os.path.exists(EMULATED), reason="the emulation is for x86-64")
 def test_tensor_cores_recorded_and_beside_each_other(monkeypatch):
     """bf16 at widths of whole tiles: the same tokens whether steps are recorded and replayed, with
     LoRA on a stream of its own, or queued one operation after the other; and first tokens' log
