@@ -38,8 +38,10 @@ MUTATIONS = [
      "gate_up[row * (size_t)ffn + column]", O),
     ("gather: first element shifted", "elementwise", "x[(size_t)rows[i / (size_t)hidden]",
      "x[1 + (size_t)rows[i / (size_t)hidden]", O),
-    ("pool_write: last element left out", "elementwise", "if (i < elems) *paged_at",
-     "if (i + 1 < elems) *paged_at", O),
+    ("pool_write: last elements left out", "elementwise", "for (size_t i = 0; first + i < elems; i++)",
+     "for (size_t i = 1; first + i < elems; i++)", O),
+    ("pool_write: pages beyond the first list are the first's", "elementwise",
+     "pages += page_list::COUNT) {", "pages += 0) {", O),
     ("pages: a division that is off at their ends", "primitives.cuh", "+ n) >> by.shift",
      "+ n + 1) >> by.shift", O),
 

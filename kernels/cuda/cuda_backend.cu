@@ -162,7 +162,6 @@ static void backend_close(struct backend *b) {
     cudaFreeHost(b->step_host.memory);
     cudaFree(b->step_device.memory);
     cudaFree(b->copy_image.memory);
-    cudaFree(b->copy_pages.memory);
     streams_close(b);
     free(b);
 }

@@ -22,7 +22,7 @@ extern "C" {
 
 // Device scratch grows to the largest step seen and stays; each area has one user at a time.
 enum cuda_scratch {
-    SCRATCH_SWAP, SCRATCH_SWAP_PAGES, SCRATCH_PARTIALS, SCRATCH_WORKSPACE, SCRATCH_V, SCRATCH_KINDS
+    SCRATCH_SWAP, SCRATCH_PARTIALS, SCRATCH_WORKSPACE, SCRATCH_V, SCRATCH_KINDS
 };
 
 struct cuda_buffer {
@@ -104,7 +104,7 @@ struct backend {
     cudaStream_t copies; // of adapters; its own buffers, for one loader at a time
     cudaStream_t side;   // lora_shrink beside the base matmul; NULL: on the main stream
     cudaEvent_t fork, join;
-    struct cuda_buffer copy_image, copy_pages;
+    struct cuda_buffer copy_image;
     std::atomic<bool> failed; // a device error: for good
     struct pool_shape shape;
     void *pool;

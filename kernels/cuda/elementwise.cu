@@ -173,52 +173,61 @@ void cuda_rope_and_kv_write(struct backend *b, int layer, void *qkv, const float
 
 // ------------------------------------------------------------------ an adapter's image into pages
 
-template <typename T>
-__global__ void scatter_kernel(paged<T> pool, const T *image, const int32_t *pages, size_t elems) {
-    size_t i = flat_index();
-    if (i < elems) *paged_at(pool, pages, (uint32_t)i) = image[i];
-}
+// Page numbers as an argument of the launch: no copy of a table comes before it.
+struct page_list {
+    enum { COUNT = 960 }; // arguments have 4 KiB
+    int32_t page[COUNT];
+};
 
-template <typename T>
-__global__ void gather_kernel(paged<T> pool, T *image, const int32_t *pages, size_t elems) {
-    size_t i = flat_index();
-    if (i < elems) image[i] = *paged_at(pool, pages, (uint32_t)i);
-}
+template <typename T> struct __align__(16) eight_of {
+    T element[EIGHT];
+};
 
-template <typename T>
-static void pool_kernel(struct backend *b, cudaStream_t stream, int layer, const int32_t *pages,
-                        void *image, size_t elems, bool gathers) {
-    dim3 grid(cuda_blocks(elems, FLAT_THREADS)), block(FLAT_THREADS);
-    if (gathers)
-        CUDA_LAUNCH(gather_kernel<T>, grid, block, 0, stream, cuda_layer<T>(b, layer), (T *)image,
-                    pages, elems);
+// Eight elements a thread: none of them lies in another page than the first.
+template <typename T, bool GATHERS>
+__global__ void pages_kernel(paged<T> pool, T *image, const __grid_constant__ page_list pages,
+                             size_t elems) {
+    size_t first = flat_index() * EIGHT;
+    if (first >= elems) return;
+    T *there = paged_at(pool, pages.page, (uint32_t)first), *here = image + first;
+    T *from = GATHERS ? there : here, *to = GATHERS ? here : there;
+    if (first + EIGHT <= elems)
+        *reinterpret_cast<eight_of<T> *>(to) = *reinterpret_cast<const eight_of<T> *>(from);
     else
-        CUDA_LAUNCH(scatter_kernel<T>, grid, block, 0, stream, cuda_layer<T>(b, layer),
-                    (const T *)image, pages, elems);
+        for (size_t i = 0; first + i < elems; i++) to[i] = from[i];
 }
 
+template <typename T>
+static void pool_kernels(struct backend *b, cudaStream_t stream, int layer, const int32_t *pages,
+                         T *image, size_t elems, bool gathers) {
+    size_t at_once = page_list::COUNT * b->shape.page_elems;
+    auto kernel = gathers ? pages_kernel<T, true> : pages_kernel<T, false>;
+    for (size_t at = 0; at < elems; at += at_once, pages += page_list::COUNT) {
+        size_t count = elems - at < at_once ? elems - at : at_once;
+        page_list list;
+        memcpy(list.page, pages,
+               (count + b->shape.page_elems - 1) / b->shape.page_elems * sizeof *pages);
+        CUDA_LAUNCH(kernel, dim3(cuda_blocks(count, EIGHT * FLAT_THREADS)), dim3(FLAT_THREADS), 0,
+                    stream, cuda_layer<T>(b, layer), image + at, list, count);
+    }
+}
+
+// Between pages and `staged`, contiguous in device memory.
 static void pool_move(struct backend *b, cudaStream_t stream, int layer, const int32_t *pages,
                       void *staged, size_t elems, bool gathers) {
-    if (b->dtype == DTYPE_BF16) pool_kernel<bf16>(b, stream, layer, pages, staged, elems, gathers);
-    else pool_kernel<float>(b, stream, layer, pages, staged, elems, gathers);
-}
-
-static size_t table_bytes(const struct backend *b, size_t elems) {
-    return (elems + b->shape.page_elems - 1) / b->shape.page_elems * sizeof(int32_t);
+    if (b->dtype == DTYPE_BF16)
+        pool_kernels<bf16>(b, stream, layer, pages, (bf16 *)staged, elems, gathers);
+    else pool_kernels<float>(b, stream, layer, pages, (float *)staged, elems, gathers);
 }
 
 void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
                      size_t elems) {
     if (elems == 0) return;
     size_t bytes = elems * b->shape.elem_bytes;
-    cuda_grow(b, b->copies, &b->copy_pages, table_bytes(b, elems));
     cuda_grow(b, b->copies, &b->copy_image, bytes);
-    cuda_check(b, cudaMemcpyAsync(b->copy_pages.memory, pages, table_bytes(b, elems),
-                                  cudaMemcpyHostToDevice, b->copies), "copy of a page table");
     cuda_check(b, cudaMemcpyAsync(b->copy_image.memory, image, bytes, cudaMemcpyHostToDevice,
                                   b->copies), "copy of an adapter");
-    pool_move(b, b->copies, layer, (const int32_t *)b->copy_pages.memory, b->copy_image.memory,
-              elems, false);
+    pool_move(b, b->copies, layer, pages, b->copy_image.memory, elems, false);
 }
 
 void cuda_pool_written(struct backend *b) {
@@ -229,14 +238,11 @@ void cuda_pool_copy(struct backend *b, int layer, const int32_t *pages, void *im
                     bool to_host) {
     if (elems == 0) return;
     size_t bytes = elems * b->shape.elem_bytes;
-    int32_t *table = (int32_t *)cuda_scratch(b, SCRATCH_SWAP_PAGES, table_bytes(b, elems));
-    cuda_check(b, cudaMemcpyAsync(table, pages, table_bytes(b, elems), cudaMemcpyHostToDevice,
-                                  b->stream), "copy of a page table");
     void *staged = cuda_scratch(b, SCRATCH_SWAP, bytes);
     if (!to_host)
         cuda_check(b, cudaMemcpyAsync(staged, image, bytes, cudaMemcpyHostToDevice, b->stream),
                    "KV from the host");
-    pool_move(b, b->stream, layer, table, staged, elems, to_host);
+    pool_move(b, b->stream, layer, pages, staged, elems, to_host);
     if (to_host)
         cuda_check(b, cudaMemcpyAsync(image, staged, bytes, cudaMemcpyDeviceToHost, b->stream),
                    "KV to the host");

@@ -711,6 +711,37 @@ static void check_pool_copy(struct backend *b, const int32_t *pages, const void 
     free(back);
 }
 
+// More pages than a launch may name at once, the last of them not full.
+static void test_pool_many_pages(void **state) {
+    (void)state;
+    enum { PAGES = 2000, ELEMS = (PAGES - 1) * 64 + 21 };
+    for (int s = 0; s < SETUPS; s++) {
+        struct backend *b = open_setup(&setups[s]);
+        if (!b) continue;
+        static struct pool_rig rig;
+        pool_rig_init(&rig, b, setups[s].dtype, 1, 2, LAYER + 1, PAGES + 50);
+        assert_int_equal(rig.shape.page_elems, 64);
+        int32_t *pages = pages_take(&rig, PAGES);
+        float *values = random_floats(ELEMS);
+        size_t bytes = ELEMS * dtype_bytes(rig.dtype);
+        void *image = mem_alloc_aligned(bytes);
+        dtype_convert(image, rig.dtype, values, DTYPE_F32, ELEMS);
+        ops->pool_write(b, LAYER, pages, image, ELEMS);
+        if (ops->pool_written) ops->pool_written(b);
+        for (size_t e = 0; e < ELEMS; e++) {
+            double wanted = rounded(values[e], rig.dtype);
+            expect_near(pool_element(&rig, LAYER, pages[e / 64], e % 64), wanted, 0, "page", e);
+        }
+        assert_true(isnan(pool_element(&rig, LAYER, pages[PAGES - 1], 21))); // not written
+        check_pool_copy(b, pages, image, bytes, ELEMS);
+        free(image);
+        free(values);
+        free(pages);
+        ops->memory_destroy(b, rig.pool);
+        ops->close(b);
+    }
+}
+
 static void lora_rig_init(struct lora_rig *rig, struct backend *b, const struct setup *setup,
                           const struct lora_case *c) {
     enum dtype dtype = setup->dtype;
@@ -932,6 +963,7 @@ int main(void) {
         cmocka_unit_test(test_embed_and_gather),
         cmocka_unit_test(test_draw),
         cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_pool_many_pages),
         cmocka_unit_test(test_lora),
 #if !defined LORAD_EMULATE && !defined LORAD_GPU
         cmocka_unit_test(test_open_refuses),
