@@ -107,9 +107,10 @@ static void add_rows(struct builder *builder, struct sequence *sequence) {
     int last = sequence->token_first + item->planned + item->drafts;
     for (int i = 0; i < sequence->row_count; i++) {
         int ahead = i - (sequence->row_count - 1 - item->drafts);
-        builder->batch->draws[builder->rows] =
-            item->rows_all ? (struct draw){.kind = DRAW_NONE}
-                           : engine_draw_of(builder->engine, sequence, ahead);
+        struct draw *draw = &builder->batch->draws[builder->rows];
+        *draw = (struct draw){.kind = DRAW_NONE};
+        if (builder->engine->ops->draw && !item->rows_all)
+            *draw = engine_draw_of(builder->engine, sequence, ahead);
         builder->batch->logit_rows[builder->rows++] = last - sequence->row_count + i;
     }
 }

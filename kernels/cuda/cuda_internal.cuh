@@ -74,6 +74,7 @@ struct step_counts {
     int32_t narrow_items, wide_items, merges, partials, kv_pages;
     int32_t lora_items, lora_pages, rank_max, v_rows;
     int32_t lora_tile; // tokens of an item
+    int32_t draws;     // 1: `draw` is part of the step
 };
 
 // The step whose operations are queued: arrays in device memory.

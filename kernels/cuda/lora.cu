@@ -80,13 +80,13 @@ __device__ static inline void shrink_tokens(const paged<T> &pool, const device_l
     }
 }
 
-// Grid (ranks / RANKS, modules, items).
+// Grid (items, modules, ranks / RANKS).
 template <typename T, int TILE>
 __global__ void __launch_bounds__(SHRINK_WARPS *WARP)
     shrink_kernel(paged<T> pool, const __grid_constant__ device_launch<T> launch) {
-    const lora_item work = launch.items[blockIdx.z];
+    const lora_item work = launch.items[blockIdx.x];
     if (work.token < 0) return;
-    int first = blockIdx.x * RANKS, module = launch.target[blockIdx.y].module;
+    int first = blockIdx.z * RANKS, module = launch.target[blockIdx.y].module;
     if (first >= work.module[module].rank) return; // the whole block
     for (int t = 0; t < work.count; t += TILE)
         shrink_tokens<T, TILE>(pool, launch, work, blockIdx.y, first, t,
@@ -152,16 +152,16 @@ __device__ static inline void expand_tokens(const paged<T> &pool, const device_l
     }
 }
 
-// Grid (columns / COLUMNS, modules, items).
+// Grid (items, modules, columns / COLUMNS).
 template <typename T, int TILE>
 __global__ void __launch_bounds__(COLUMN_THREADS)
     expand_kernel(paged<T> pool, const __grid_constant__ device_launch<T> launch) {
-    const lora_item work = launch.items[blockIdx.z];
+    const lora_item work = launch.items[blockIdx.x];
     if (work.token < 0) return;
     const device_target target = launch.target[blockIdx.y];
-    if (work.module[target.module].rank == 0 || (int)blockIdx.x * COLUMNS >= target.out)
+    if (work.module[target.module].rank == 0 || (int)blockIdx.z * COLUMNS >= target.out)
         return; // the whole block
-    int column = blockIdx.x * COLUMNS + threadIdx.x * EIGHT;
+    int column = blockIdx.z * COLUMNS + threadIdx.x * EIGHT;
     for (int t = 0; t < work.count; t += TILE) {
         if (t > 0) __syncthreads(); // v of the tokens before has been read
         expand_tokens<T, TILE>(pool, launch, work, blockIdx.y, column, t,
@@ -171,13 +171,11 @@ __global__ void __launch_bounds__(COLUMN_THREADS)
 
 // ------------------------------------------------------------------ launchers
 
-enum { GRID_Z_MAX = 65535 };
-
 template <typename T>
 static void plain_shrink(struct backend *b, cudaStream_t stream, const struct lora_launch *launch,
-                         const struct step_counts *n, const device_launch<T> &to, int items) {
-    dim3 grid(cuda_blocks((size_t)n->rank_max, RANKS), (unsigned)launch->target_count,
-              (unsigned)items);
+                         const struct step_counts *n, const device_launch<T> &to) {
+    dim3 grid((unsigned)n->lora_items, (unsigned)launch->target_count,
+              cuda_blocks((size_t)n->rank_max, RANKS));
     dim3 block(SHRINK_WARPS * WARP);
     paged<T> pool = cuda_layer<T>(b, launch->layer);
     size_t bytes = PIECE * sizeof(float);
@@ -189,8 +187,8 @@ static void plain_shrink(struct backend *b, cudaStream_t stream, const struct lo
 template <typename T>
 static void plain_expand(struct backend *b, const struct lora_launch *launch, int tile, int out_max,
                          const device_launch<T> &to, int items) {
-    dim3 grid(cuda_blocks((size_t)out_max, COLUMNS), (unsigned)launch->target_count,
-              (unsigned)items);
+    dim3 grid((unsigned)items, (unsigned)launch->target_count,
+              cuda_blocks((size_t)out_max, COLUMNS));
     dim3 block(COLUMN_THREADS);
     paged<T> pool = cuda_layer<T>(b, launch->layer);
     size_t bytes = LORA_RANK_MAX * sizeof(float);
@@ -200,25 +198,9 @@ static void plain_expand(struct backend *b, const struct lora_launch *launch, in
                     to);
 }
 
-// f32 has no tiles.
-static bool has_tiles(const struct lora_launch *launch, const device_launch<bf16> &) {
-    return lora_tiles_fit(launch);
+template <typename T> static bool has_tiles(const struct lora_launch *launch) {
+    return sizeof(T) == sizeof(bf16) && lora_tiles_fit(launch);
 }
-static bool has_tiles(const struct lora_launch *, const device_launch<float> &) {
-    return false;
-}
-static void tiles_shrink(struct backend *b, cudaStream_t stream, const struct lora_launch *launch,
-                         const struct step_counts *n, const device_launch<bf16> &to, int items) {
-    lora_tiles_shrink(b, stream, launch->layer, launch->target_count, n, to, items);
-}
-static void tiles_shrink(struct backend *, cudaStream_t, const struct lora_launch *,
-                         const struct step_counts *, const device_launch<float> &, int) {}
-static void tiles_expand(struct backend *b, const struct lora_launch *launch, int out_max,
-                         const struct step_counts *n, const device_launch<bf16> &to, int items) {
-    lora_tiles_expand(b, launch->layer, launch->target_count, out_max, n, to, items);
-}
-static void tiles_expand(struct backend *, const struct lora_launch *, int,
-                         const struct step_counts *, const device_launch<float> &, int) {}
 
 // `launch` as kernels see it, and the step that it is part of.
 template <typename T>
@@ -231,11 +213,11 @@ static device_launch<T> prepare(struct backend *b, const struct lora_launch *lau
     wanted.segment_count = launch->segment_count;
     *step = cuda_step(b, &wanted);
     const struct step_counts *n = &(*step)->counts;
-    device_launch<T> to = {(*step)->lora_items, (*step)->lora_pages, (const T *)launch->x, NULL,
+    size_t v_bytes = has_tiles<T>(launch) ? lora_tiles_v_bytes(n, launch->in)
+                                          : (size_t)n->v_rows * V_ROW * sizeof(float);
+    float *v = (float *)cuda_scratch(b, SCRATCH_V, v_bytes);
+    device_launch<T> to = {(*step)->lora_items, (*step)->lora_pages, (const T *)launch->x, v,
                            n->v_rows, launch->in, {}};
-    to.v = (float *)cuda_scratch(b, SCRATCH_V, has_tiles(launch, to)
-                                                   ? lora_tiles_v_bytes(n, launch->in)
-                                                   : (size_t)n->v_rows * V_ROW * sizeof(float));
     for (int t = 0; t < launch->target_count; t++)
         to.target[t] = {launch->target[t].module, (float *)launch->target[t].y,
                         launch->target[t].out, launch->target[t].stride};
@@ -252,32 +234,28 @@ template <typename T> static void shrink(struct backend *b, const struct lora_la
         cuda_check(b, cudaEventRecord(b->fork, b->stream), "an event");
         cuda_check(b, cudaStreamWaitEvent(b->side, b->fork), "an event");
     }
-    for (int left = n->lora_items; left > 0; left -= GRID_Z_MAX, to.items += GRID_Z_MAX) {
-        int items = left < GRID_Z_MAX ? left : GRID_Z_MAX;
-        if (has_tiles(launch, to)) tiles_shrink(b, stream, launch, n, to, items);
-        else plain_shrink(b, stream, launch, n, to, items);
-    }
+    if (!has_tiles<T>(launch)) plain_shrink(b, stream, launch, n, to);
+    else if constexpr (sizeof(T) == sizeof(bf16)) // f32 has no tiles
+        lora_tiles_shrink(b, stream, launch->layer, launch->target_count, n, to);
     if (b->side) cuda_check(b, cudaEventRecord(b->join, b->side), "an event");
 }
 
 template <typename T> static void expand(struct backend *b, const struct lora_launch *launch) {
     const struct device_step *step;
     device_launch<T> to = prepare<T>(b, launch, &step);
+    const struct step_counts *n = &step->counts;
     const lora_item *items = to.items;
     int out_max = 0;
     for (int t = 0; t < launch->target_count; t++)
         if (launch->target[t].out > out_max) out_max = launch->target[t].out;
-    const struct step_counts *n = &step->counts;
     if (b->side && n->lora_items > 0)
         cuda_check(b, cudaStreamWaitEvent(b->stream, b->join), "an event");
     for (int wave = 0; wave < step->waves; wave++) {
-        int end = step->wave_first[wave + 1];
-        for (int first = step->wave_first[wave]; first < end; first += GRID_Z_MAX) {
-            int count = end - first < GRID_Z_MAX ? end - first : GRID_Z_MAX;
-            to.items = items + first;
-            if (has_tiles(launch, to)) tiles_expand(b, launch, out_max, n, to, count);
-            else plain_expand(b, launch, n->lora_tile, out_max, to, count);
-        }
+        int first = step->wave_first[wave], count = step->wave_first[wave + 1] - first;
+        to.items = items + first;
+        if (!has_tiles<T>(launch)) plain_expand(b, launch, n->lora_tile, out_max, to, count);
+        else if constexpr (sizeof(T) == sizeof(bf16))
+            lora_tiles_expand(b, launch->layer, launch->target_count, out_max, n, to, count);
     }
 }
 

@@ -26,8 +26,7 @@ template <typename T> struct device_launch {
 bool lora_tiles_fit(const struct lora_launch *launch);
 size_t lora_tiles_v_bytes(const struct step_counts *counts, int in);
 void lora_tiles_shrink(struct backend *b, cudaStream_t stream, int layer, int target_count,
-                       const struct step_counts *counts, const device_launch<bf16> &launch,
-                       int items);
+                       const struct step_counts *counts, const device_launch<bf16> &launch);
 void lora_tiles_expand(struct backend *b, int layer, int target_count, int out_max,
                        const struct step_counts *counts, const device_launch<bf16> &launch,
                        int items);

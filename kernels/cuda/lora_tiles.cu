@@ -67,14 +67,14 @@ __device__ static inline void shrink_take(shrink_load *to, const paged<bf16> &po
     }
 }
 
-// Grid (depths x ranks / RANKS, modules, items).
+// Grid (items, modules, depths x ranks / RANKS).
 __global__ void __launch_bounds__(SHRINK_WARPS *WARP)
     shrink_tiles_kernel(paged<bf16> pool, const __grid_constant__ device_launch<bf16> launch,
                         int depths) {
-    const lora_item *work = &launch.items[blockIdx.z];
+    const lora_item *work = &launch.items[blockIdx.x];
     int token = work->token, count = work->count, module = launch.target[blockIdx.y].module;
     int rank = work->module[module].rank;
-    int depth = blockIdx.x % depths, rank_first = blockIdx.x / depths * RANKS;
+    int depth = blockIdx.z % depths, rank_first = blockIdx.z / depths * RANKS;
     if (token < 0 || rank_first >= rank) return; // the whole block
     const int32_t *pages = launch.pages + work->pages;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, r = lane / 4, c = lane % 4;
@@ -154,14 +154,14 @@ __device__ static inline void take_ranks(words4 rows[4], const paged<bf16> &pool
     }
 }
 
-// Grid (columns / (EXPAND_WARPS x 64), modules, items).
+// Grid (items, modules, columns / (EXPAND_WARPS x 64)).
 __global__ void __launch_bounds__(EXPAND_WARPS *WARP)
     expand_tiles_kernel(paged<bf16> pool, const __grid_constant__ device_launch<bf16> launch,
                         int depths) {
-    const lora_item *work = &launch.items[blockIdx.z];
+    const lora_item *work = &launch.items[blockIdx.x];
     const device_target &target = launch.target[blockIdx.y];
     int token = work->token, count = work->count, rank = work->module[target.module].rank;
-    int panels = blockIdx.x * EXPAND_WARPS * LORA_PANEL; // the block's first column
+    int panels = blockIdx.z * EXPAND_WARPS * LORA_PANEL; // the block's first column
     if (token < 0 || rank == 0 || panels >= target.out) return; // the whole block
     const int32_t *pages = launch.pages + work->pages;
     int lane = threadIdx.x % WARP, r = lane / 4, c = lane % 4;
@@ -214,10 +214,10 @@ size_t lora_tiles_v_bytes(const struct step_counts *n, int in) {
 }
 
 void lora_tiles_shrink(struct backend *b, cudaStream_t stream, int layer, int target_count,
-                       const struct step_counts *n, const device_launch<bf16> &launch, int items) {
+                       const struct step_counts *n, const device_launch<bf16> &launch) {
     int depths = depths_of(launch.in);
-    dim3 grid(cuda_blocks((size_t)n->rank_max, RANKS) * (unsigned)depths, (unsigned)target_count,
-              (unsigned)items);
+    dim3 grid((unsigned)n->lora_items, (unsigned)target_count,
+              cuda_blocks((size_t)n->rank_max, RANKS) * (unsigned)depths);
     CUDA_LAUNCH(shrink_tiles_kernel, grid, dim3(SHRINK_WARPS * WARP),
                 SHRINK_WARPS * TILE_ROWS * RANKS * sizeof(float), stream,
                 cuda_layer<bf16>(b, layer), launch, depths);
@@ -225,8 +225,8 @@ void lora_tiles_shrink(struct backend *b, cudaStream_t stream, int layer, int ta
 
 void lora_tiles_expand(struct backend *b, int layer, int target_count, int out_max,
                        const struct step_counts *n, const device_launch<bf16> &launch, int items) {
-    dim3 grid(cuda_blocks((size_t)out_max, EXPAND_WARPS * LORA_PANEL), (unsigned)target_count,
-              (unsigned)items);
+    dim3 grid((unsigned)items, (unsigned)target_count,
+              cuda_blocks((size_t)out_max, EXPAND_WARPS * LORA_PANEL));
     size_t shared = (size_t)(n->rank_max + TILE_ROWS) / TILE_ROWS * TILE_ROWS * TILE_ROWS *
                     sizeof(float);
     CUDA_LAUNCH(expand_tiles_kernel, grid, dim3(EXPAND_WARPS * WARP), shared, b->stream,

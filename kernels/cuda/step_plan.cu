@@ -198,6 +198,7 @@ struct step_counts cuda_step_count(const struct backend *b, const struct step *s
     struct step_counts counts = {};
     counts.tokens = step->token_count;
     counts.logits = step->logit_count;
+    counts.draws = step->draws != NULL;
     if (step->span_count > 0) count_attention(b, step, &counts);
     count_lora(step, &counts);
     return counts;
