@@ -222,7 +222,7 @@ static uint64_t place_find(struct sampler_scratch *scratch, const struct draw_bi
         if (scratch->weights[i] > 0 &&
             (uint64_t)scratch->depths[i] >> (DRAW_FIRST_SHIFT - DRAW_ID_BITS) == place)
             scratch->places[count++] = draw_place(scratch->depths[i], i);
-    while (shift > 0) {
+    while (count > 1) { // ids differ: one is left when the last bits have been looked at
         int next = draw_next_shift(shift), kept = 0;
         struct draw_bins bins = {0};
         for (int i = 0; i < count; i++) {
@@ -236,6 +236,7 @@ static uint64_t place_find(struct sampler_scratch *scratch, const struct draw_bi
             if (scratch->places[i] >> shift == place) scratch->places[kept++] = scratch->places[i];
         count = kept;
     }
+    place = scratch->places[0];
     *mass = before[1] + draw_mass(scratch->weights[place & ((1u << DRAW_ID_BITS) - 1)]);
     return place;
 }

@@ -87,6 +87,9 @@ static struct backend *open_setup(const struct setup *setup) {
 #endif
     if (status != STATUS_OK) fail_msg("%s", err.text);
     random_state = 42;
+#ifdef LORAD_EMULATE
+    random_state += emulate_seed; // another order of threads, other shapes
+#endif
     return b;
 }
 
@@ -620,6 +623,21 @@ static void attention_check(struct backend *b, const struct setup *setup,
     attention_rig_deinit(&rig, b);
 }
 
+// Any heads (every other time those of tiles), contexts about the ends of pages and parts.
+static struct attention_case random_attention_case(bool tiles) {
+    static const int heads[] = {8, 24, 40, 96};
+    int group = random_between(1, 5), kv = random_between(1, 3);
+    struct attention_case c = {group * kv, kv, tiles ? 64 : heads[random_between(0, 3)],
+                               random_between(1, 4), {{0}}};
+    for (int s = 0; s < c.span_count; s++) {
+        int about = 16 * random_between(0, 20) + random_between(-1, 1);
+        c.spans[s].context = about < 1 ? 1 : about;
+        int tokens = random_between(0, 1) ? 1 : random_between(1, 24);
+        c.spans[s].tokens = tokens < c.spans[s].context ? tokens : c.spans[s].context;
+    }
+    return c;
+}
+
 static void test_attention(void **state) {
     (void)state;
     for (int s = 0; s < SETUPS; s++) {
@@ -627,6 +645,10 @@ static void test_attention(void **state) {
         if (!b) continue;
         for (size_t i = 0; i < sizeof attention_cases / sizeof *attention_cases; i++)
             attention_check(b, &setups[s], &attention_cases[i]);
+        for (int i = 0; i < 8; i++) {
+            struct attention_case c = random_attention_case(i % 2);
+            attention_check(b, &setups[s], &c);
+        }
         ops->close(b);
     }
 }
@@ -661,6 +683,7 @@ static const struct lora_case lora_cases[] = {
     {128, {192, 64, 64}, 3, 1, 16, 6,
      {{0, 1, {8, 16, 1}}, {1, 1, {0, 17, 64}}, {2, 15, {16, 5, 0}}, {17, 16, {15, 16, 256}},
       {33, 17, {33, 1, 16}}, {50, 3, {100, 31, 32}}}},
+    {64, {64}, 1, 1, 16, 2, {{0, 4096, {8}}, {4096, 1, {16}}}}, // a long prompt beside a decode
     // tokens in several segments; x in more than one depth
     {2112, {128}, 1, 1, 32, 4, {{0, 9, {8}}, {0, 20, {24}}, {4, 5, {200}}, {20, 1, {16}}}},
 };
@@ -886,6 +909,31 @@ static void lora_check(struct backend *b, const struct setup *setup, const struc
     lora_rig_deinit(&rig, b);
 }
 
+// Any widths (every other time those of whole tiles), ranks and segments, empty ones and gaps too.
+static struct lora_case random_lora_case(bool whole) {
+    struct lora_case c = {.kv_heads = 4, .head_size = 64, .target_count = random_between(1, 3),
+                          .segment_count = random_between(1, 8)};
+    c.in = whole ? 64 * random_between(1, 4) : random_between(1, 256);
+    for (int t = 0; t < c.target_count; t++)
+        c.out[t] = whole ? 64 * random_between(1, 4) : random_between(1, 256);
+    for (int s = 0, first = 0; s < c.segment_count; s++) {
+        int tokens = random_between(0, 3) ? random_between(0, 2) : random_between(3, 40);
+        c.segments[s].first = first += random_between(0, 1);
+        c.segments[s].tokens = tokens;
+        first += tokens;
+        for (int t = 0; t < c.target_count; t++)
+            c.segments[s].rank[t] = random_between(0, 4) ? random_between(1, 40)
+                                                         : random_between(0, LORA_RANK_MAX);
+    }
+    return c;
+}
+
+static bool has_tokens(const struct lora_case *c) {
+    for (int s = 0; s < c->segment_count; s++)
+        if (c->segments[s].tokens > 0) return true;
+    return false;
+}
+
 static void test_lora(void **state) {
     (void)state;
     for (int s = 0; s < SETUPS; s++) {
@@ -893,6 +941,10 @@ static void test_lora(void **state) {
         if (!b) continue;
         for (size_t i = 0; i < sizeof lora_cases / sizeof *lora_cases; i++)
             lora_check(b, &setups[s], &lora_cases[i]);
+        for (int i = 0; i < 12; i++) {
+            struct lora_case c = random_lora_case(i % 2);
+            if (has_tokens(&c)) lora_check(b, &setups[s], &c);
+        }
         ops->close(b);
     }
 }
