@@ -52,7 +52,7 @@ MUTATIONS = [
      "bool there = t < count && k + 1 < depth;", O),
     ("shrink, plain: tokens of an item beyond the first eight left out", "lora",
      "t < work.count; t += TILE)\n        shrink", "t < 1; t += TILE)\n        shrink", O),
-    ("expand, plain: barrier after v is loaded left out", "lora", BARRIER, "", O),
+    ("expand, plain: barrier after v is loaded left out", "lora", (BARRIER, 2), "", O),
     ("expand, plain: barrier before v is overwritten left out", "lora", "if (t > 0) __syncthreads();",
      "", O),
     ("expand, plain: the last panel taken for a whole one", "lora",
