@@ -58,9 +58,9 @@ struct attention_span {
     const int32_t *pages;
 };
 
-// One adapter over consecutive tokens of the step, in pages[0, page_count). A layer image's element e lies at
-// page pages[e / page_elems], offset e % page_elems, in every layer. A is [r, in]. B, with
-// the scaling folded in, comes in panels of LORA_PANEL columns of y (the last may be narrower), each
+// One adapter over consecutive tokens of the step, in pages[0, page_count). A layer image's element e
+// lies at page pages[e / page_elems], offset e % page_elems, in every layer. A is [r, in]. B, with the
+// scaling folded in, comes in panels of LORA_PANEL columns of y (the last may be narrower), each
 // [r, columns]: both are read from end to end. rank[m] == 0: the adapter has no module m.
 struct lora_segment {
     int32_t token_first, token_count;

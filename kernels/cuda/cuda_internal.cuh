@@ -174,14 +174,16 @@ void cuda_rope_and_kv_write(struct backend *b, int layer, void *qkv, const float
 void cuda_silu_mul(struct backend *b, void *y, const void *gate_up, int tokens, int ffn);
 void cuda_gather_rows(struct backend *b, void *y, const void *x, const int32_t *rows, int count,
                       int hidden);
-// draw.cu
-void cuda_draw(struct backend *b, int32_t *ids, const void *logits, const struct draw *draws,
-               int count, int vocabulary);
 void cuda_pool_write(struct backend *b, int layer, const int32_t *pages, const void *image,
                      size_t elems);
 void cuda_pool_written(struct backend *b);
 void cuda_pool_copy(struct backend *b, int layer, const int32_t *pages, void *image, size_t elems,
                     bool to_host);
+
+// draw.cu
+void cuda_draw(struct backend *b, int32_t *ids, const void *logits, const struct draw *draws,
+               int count, int vocabulary);
+
 // lora.cu, attention.cu
 void cuda_lora_shrink(struct backend *b, const struct lora_launch *launch);
 void cuda_lora_expand(struct backend *b, const struct lora_launch *launch);

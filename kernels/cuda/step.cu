@@ -4,7 +4,7 @@
 //
 // DESIGN. Everything that differs between two steps lies in the metadata block; kernels get
 // addresses in it and counts. So steps with equal counts can share a recording. Counts are rounded
-// up for that, to eight steps an octave at most; surplus entries do nothing. A shape is queued
+// up for that, to four steps an octave; surplus entries do nothing. A shape is queued
 // directly the first time (scratch grows, cuBLASLt chooses its algorithms), recorded the second, and
 // replayed from then on. Recordings are dropped when memory they know moves, the least recently used
 // one when there are too many. Prefills are not recorded: their shapes do not come again, and their

@@ -9,7 +9,8 @@
 // So each lane takes what 16 bytes of memory hold, and the names follow:
 //
 // ROWS: a matrix whose rows run along the depth (x, K, A of LoRA). Lane l has elements
-// 8c .. 8c + 7 of its row, of 32: word w of them is depth 4 (w / 2) + ... of step w / 2. Two steps.
+// 8c .. 8c + 7 of its row, of 32: two steps of 16 deep. Words 2s and 2s + 1 of them are what step s calls
+// depths 2c, 2c + 1 and 2c + 8, 2c + 9.
 // COLUMNS: a matrix whose rows are depths (V, B of LoRA): 64 columns of 16 rows. Lane l has columns
 // 8r .. 8r + 7 of rows 2c, 2c + 1, 2c + 8, 2c + 9. Of them, column j of each eight is a tile; d of
 // tile j is then columns 16c + j and 16c + 8 + j, so that a lane ends with 16 neighbours of a row.
