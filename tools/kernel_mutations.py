@@ -178,7 +178,7 @@ MUTATIONS = [
      '    cuda_check(b, cudaStreamSynchronize(b->stream), "a step");\n', "", O),
     ("recordings: found by rows alone", "step", "memcmp(&r->counts, counts, sizeof *counts) == 0",
      "memcmp(&r->counts, counts, 8) == 0", M),
-    ("recordings: made of the first step of a shape", "step", "} else if (r->used > 0) {", "} else {", M),
+    ("recordings: made of the first step of a shape", "step", "if (!r->graph && r->used > 0) {", "if (!r->graph) {", M),
     ("recordings: kept when scratch moves", "cuda_backend",
      "if (b->scratch[area].bytes < bytes) cuda_recordings_drop(b);", "", M),
     ("recordings: kept when the metadata's block moves", "step",

@@ -111,11 +111,10 @@ struct backend {
     void *pool;
     struct cuda_buffer scratch[SCRATCH_KINDS];
     struct device_step step;
-    bool in_step;                  // between step_begin and step_end
+    bool in_step, recording;       // between step_begin and step_end; the stream is recorded
     struct cuda_buffer step_host;  // page-locked: the step's metadata put together
     struct cuda_buffer step_device;
     bool records; // recordings are made at all
-    enum { STEP_QUEUED, STEP_RECORDING, STEP_REPLAYED } mode;
     struct recording recordings[RECORDINGS_MAX], *recorded; // recorded: of this step
     uint64_t step_number;
     void *matmul; // cuda_linear.cu's handle

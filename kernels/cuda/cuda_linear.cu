@@ -257,8 +257,7 @@ static bool algorithm_of(struct backend *b, const struct matmul *m, const struct
         cuda_check(b, cudaErrorUnknown, "no cuBLASLt algorithm for a matmul");
         return false;
     }
-    bool times = all->end && count > 1 && tokens <= TUNED_TOKENS &&
-                 b->mode == backend::STEP_QUEUED;
+    bool times = all->end && count > 1 && tokens <= TUNED_TOKENS && !b->recording;
     *algorithm = found[times ? fastest(b, m, found, count) : 0].algo;
     struct algorithm kept = {l->out, l->in, tokens, {}};
     memcpy(kept.bytes, algorithm, sizeof *algorithm);

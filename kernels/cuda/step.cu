@@ -45,7 +45,7 @@ static void round_counts(struct step_counts *n) {
 }
 
 void cuda_recordings_drop(struct backend *b) {
-    VERIFY(b->mode != backend::STEP_RECORDING);
+    VERIFY(!b->recording);
     for (int i = 0; i < RECORDINGS_MAX; i++)
         if (b->recordings[i].graph) cudaGraphExecDestroy(b->recordings[i].graph);
     memset(b->recordings, 0, sizeof b->recordings);
@@ -117,16 +117,13 @@ struct step_rows cuda_step_begin(struct backend *b, const struct step *step) {
     bool records = may_record(b, step);
     step_send(b, step, records);
     b->in_step = true;
-    b->mode = backend::STEP_QUEUED;
     b->recorded = NULL;
     struct step_rows rows = {b->step.counts.tokens, b->step.counts.logits, false};
     if (!records || b->failed) return rows;
     struct recording *r = b->recorded = recording_find(b, &b->step.counts);
-    if (r->graph) {
-        b->mode = backend::STEP_REPLAYED;
-        rows.recorded = true;
-    } else if (r->used > 0) {
-        b->mode = backend::STEP_RECORDING;
+    rows.recorded = r->graph;
+    if (!r->graph && r->used > 0) {
+        b->recording = true;
         cuda_check(b, cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal),
                    "the begin of a recording");
     }
@@ -146,10 +143,8 @@ static void recording_end(struct backend *b) {
 
 void cuda_step_end(struct backend *b) {
     VERIFY(b->in_step);
-    if (b->mode == backend::STEP_RECORDING) recording_end(b);
-    b->in_step = false;
-    bool queued = b->mode == backend::STEP_QUEUED;
-    b->mode = backend::STEP_QUEUED;
-    if (queued || !b->recorded || !b->recorded->graph) return;
-    cuda_check(b, cudaGraphLaunch(b->recorded->graph, b->stream), "a recorded step");
+    if (b->recording) recording_end(b);
+    b->in_step = b->recording = false;
+    if (b->recorded && b->recorded->graph)
+        cuda_check(b, cudaGraphLaunch(b->recorded->graph, b->stream), "a recorded step");
 }
