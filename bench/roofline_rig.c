@@ -63,9 +63,14 @@ static void fill(void *to, enum dtype dtype, size_t count) {
     }
 }
 
-static void fill_device(struct rig *rig, float *to, size_t count) {
+float *rig_numbers(size_t count) {
     float *values = mem_alloc(count * sizeof *values);
     fill(values, DTYPE_F32, count);
+    return values;
+}
+
+void rig_fill(struct rig *rig, float *to, size_t count) {
+    float *values = rig_numbers(count);
     rig->ops->upload(rig->backend, to, values, count * sizeof *values);
     rig->ops->synchronize(rig->backend);
     free(values);
@@ -123,9 +128,9 @@ static void activations_make(struct rig *rig) {
     rig->slots = mem_zalloc(T, sizeof(int32_t));
     rig->spans = mem_zalloc(T, sizeof *rig->spans);
     rig->segments = mem_zalloc(T, sizeof *rig->segments);
-    fill_device(rig, rig->gain, H);
-    fill_device(rig, rig->cosines, positions * half);
-    fill_device(rig, rig->x, T * H);
+    rig_fill(rig, rig->gain, H);
+    rig_fill(rig, rig->cosines, positions * half);
+    rig_fill(rig, rig->x, T * H);
 }
 
 // Adapter number i's modules side by side in one image: A then B of each, as pager/adapter.h has them.
@@ -141,11 +146,12 @@ static int64_t adapter_shape(struct rig *rig, int i, struct lora_segment *segmen
     for (int m = 0; m < LORA_MODULES; m++) {
         rig->in[m] = in[m];
         rig->out[m] = out[m];
-        segment->rank[m] = r;
+        int rank = o->qkvo_only && m > LORA_O ? 0 : r;
+        segment->rank[m] = rank;
         segment->a_offset[m] = at;
-        at = (at + (int64_t)r * in[m] + 7) / 8 * 8;
+        at = (at + (int64_t)rank * in[m] + 7) / 8 * 8;
         segment->b_offset[m] = at;
-        at = (at + (int64_t)r * out[m] + 7) / 8 * 8;
+        at = (at + (int64_t)rank * out[m] + 7) / 8 * 8;
     }
     return at;
 }
@@ -158,6 +164,10 @@ static size_t page_elems(const struct rig *rig) {
 static int adapter_page_count(struct rig *rig, int i) {
     struct lora_segment segment;
     return (int)(((size_t)adapter_shape(rig, i, &segment) + page_elems(rig) - 1) / page_elems(rig));
+}
+
+size_t rig_adapter_elems(struct rig *rig) {
+    return (size_t)adapter_page_count(rig, 0) * page_elems(rig);
 }
 
 // The adapter of sequence i out of `sequences`.

@@ -28,6 +28,7 @@ struct rig_options {
     enum rig_sharing sharing;
     int peak_rows;     // of what measures a device's limits
     bool prefill;      // one sequence of all tokens; else one token a sequence
+    bool qkvo_only;    // adapters on the attention's projections alone
     bool lora_only;    // no base weights: only lora_shrink and lora_expand can run
     int tokens_max;
 };
@@ -56,5 +57,11 @@ struct rig {
 bool rig_init(struct rig *rig, const struct rig_options *options);
 // Fills spans, segments, positions, slots and `step` for a step of `tokens`.
 void rig_step(struct rig *rig, int tokens);
+// Pool elements of adapter number 0 in a layer, whole pages.
+size_t rig_adapter_elems(struct rig *rig);
+
+// `count` numbers as the weights have them; the caller's. Then the same into device memory.
+float *rig_numbers(size_t count);
+void rig_fill(struct rig *rig, float *to, size_t count);
 
 #endif

@@ -86,6 +86,7 @@ struct step {
     int logit_count;
     const struct draw *draws; // [logit_count] how `draw` chooses a row's token; NULL: nobody asks
     bool repeats; // steps of this shape come again: a backend may record its operations
+    bool marked;  // `mark` is called in it, as in every step of its shape that says so
 };
 
 // Row counts that a step's operations are queued with, at least token_count and logit_count and at
@@ -94,7 +95,7 @@ struct step_rows {
     int tokens, logits;
     bool recorded; // nothing is to be queued: step_end runs what an equal step queued
 };
-enum { STEP_ROUND = 16 };
+enum { STEP_ROUND = 16, STEP_MARKS_MAX = 4096 };
 
 // y[t, 0..out) += weight * B (A x[t, 0..in)) for up to three modules that read the same x.
 struct lora_launch {
@@ -159,6 +160,11 @@ struct backend_ops {
     // the backend needs no bracket. Outside of one, each operation sends the arrays it is given.
     struct step_rows (*step_begin)(struct backend *b, const struct step *step);
     void (*step_end)(struct backend *b);
+    // NULL where operations are done when they return. The device notes the time when it comes to
+    // this place in its queue; 0 <= number < STEP_MARKS_MAX. Then the seconds from one mark to
+    // another, after synchronize.
+    void (*mark)(struct backend *b, int number);
+    double (*mark_seconds)(struct backend *b, int from, int to);
 
     // Packs `out` x `in` weights of type `dtype` (host memory, borrowed for the call).
     MUST_CHECK enum status (*linear_create)(struct backend *b, const void *weights,

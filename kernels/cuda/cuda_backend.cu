@@ -162,6 +162,7 @@ static void backend_close(struct backend *b) {
     cudaFreeHost(b->step_host.memory);
     cudaFree(b->step_device.memory);
     cudaFree(b->copy_image.memory);
+    cuda_marks_close(b);
     streams_close(b);
     free(b);
 }
@@ -227,6 +228,8 @@ extern const struct backend_ops backend_cuda = {
     .pool_copy = cuda_pool_copy,
     .step_begin = cuda_step_begin,
     .step_end = cuda_step_end,
+    .mark = cuda_mark,
+    .mark_seconds = cuda_mark_seconds,
     .linear_create = cuda_linear_create,
     .linear_destroy = cuda_linear_destroy,
     .embed = cuda_embed,

@@ -74,7 +74,9 @@ struct step_counts {
     int32_t narrow_items, wide_items, merges, partials, kv_pages;
     int32_t lora_items, lora_pages, rank_max, v_rows;
     int32_t lora_tile; // tokens of an item
+    int32_t lora_modules; // a bit each: an adapter has it
     int32_t draws;     // 1: `draw` is part of the step
+    int32_t marked;    // 1: `mark` is
 };
 
 // The step whose operations are queued: arrays in device memory.
@@ -117,6 +119,7 @@ struct backend {
     bool records; // recordings are made at all
     struct recording recordings[RECORDINGS_MAX], *recorded; // recorded: of this step
     uint64_t step_number;
+    cudaEvent_t *marks; // marks.cu; NULL: nobody has marked yet
     void *matmul; // cuda_linear.cu's handle
 };
 
@@ -135,6 +138,10 @@ void cuda_step_end(struct backend *b);
 const struct device_step *cuda_step(struct backend *b, const struct step *wanted);
 // Device memory that recordings know has moved, or the pool is another: they are no longer good.
 void cuda_recordings_drop(struct backend *b);
+// marks.cu
+void cuda_mark(struct backend *b, int number);
+double cuda_mark_seconds(struct backend *b, int from, int to);
+void cuda_marks_close(struct backend *b);
 // step_plan.cu: counts and fills the metadata.
 struct step_counts cuda_step_count(const struct backend *b, const struct step *step);
 void cuda_step_fill(const struct backend *b, struct device_step *step, void *host, void *device);

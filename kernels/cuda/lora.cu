@@ -224,11 +224,18 @@ static device_launch<T> prepare(struct backend *b, const struct lora_launch *lau
     return to;
 }
 
+// Whether an adapter of the step has one of the launch's modules.
+static bool has_work(const struct step_counts *n, const struct lora_launch *launch) {
+    int32_t modules = 0;
+    for (int t = 0; t < launch->target_count; t++) modules |= 1 << launch->target[t].module;
+    return n->lora_modules & modules;
+}
+
 template <typename T> static void shrink(struct backend *b, const struct lora_launch *launch) {
     const struct device_step *step;
     device_launch<T> to = prepare<T>(b, launch, &step);
     const struct step_counts *n = &step->counts;
-    if (n->lora_items == 0) return;
+    if (!has_work(n, launch)) return;
     cudaStream_t stream = b->side ? b->side : b->stream;
     if (b->side) {
         cuda_check(b, cudaEventRecord(b->fork, b->stream), "an event");
@@ -244,11 +251,12 @@ template <typename T> static void expand(struct backend *b, const struct lora_la
     const struct device_step *step;
     device_launch<T> to = prepare<T>(b, launch, &step);
     const struct step_counts *n = &step->counts;
+    if (!has_work(n, launch)) return;
     const lora_item *items = to.items;
     int out_max = 0;
     for (int t = 0; t < launch->target_count; t++)
         if (launch->target[t].out > out_max) out_max = launch->target[t].out;
-    if (b->side && n->lora_items > 0)
+    if (b->side)
         cuda_check(b, cudaStreamWaitEvent(b->stream, b->join), "an event");
     for (int wave = 0; wave < step->waves; wave++) {
         int first = step->wave_first[wave], count = step->wave_first[wave + 1] - first;

@@ -73,6 +73,7 @@ static void step_send(struct backend *b, const struct step *step, bool rounds) {
     plan->counts = cuda_step_count(b, step);
     plan->counts.tokens = rounded_rows(plan->counts.tokens);
     plan->counts.logits = rounded_rows(plan->counts.logits);
+    plan->counts.marked = step->marked;
     if (rounds) round_counts(&plan->counts);
     size_t bytes = cuda_step_bytes(&plan->counts);
     // The block may still be read by the copy before.

@@ -122,6 +122,8 @@ static void count_lora(const struct step *step, struct step_counts *counts) {
         int rank = rank_of(segment), row = segment->v_first + segment->token_count;
         if (rank == 0) continue;
         if (rank > counts->rank_max) counts->rank_max = rank;
+        for (int m = 0; m < LORA_MODULES; m++)
+            counts->lora_modules |= (segment->rank[m] > 0) << m;
         if (row > counts->v_rows) counts->v_rows = row;
         counts->lora_items += (segment->token_count + tile - 1) / tile;
         counts->lora_pages += segment->page_count;

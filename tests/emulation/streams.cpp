@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -54,8 +55,10 @@ struct emulated_stream {
 };
 
 struct emulated_event {
+    bool timed;
     work_ptr work;
     emulated_graph *recording = nullptr;
+    std::chrono::steady_clock::time_point when; // of timed ones
 };
 
 static emulated_graph *recorded_now;
@@ -134,8 +137,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 
 // ------------------------------------------------------------------ events
 
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
-    *event = new emulated_event;
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+    *event = new emulated_event{flags != cudaEventDisableTiming, nullptr, nullptr, {}};
     return cudaSuccess;
 }
 
@@ -144,10 +147,32 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
     return cudaSuccess;
 }
 
+static void note_time(cudaEvent_t event, cudaStream_t stream) {
+    queue(stream, [event] { event->when = std::chrono::steady_clock::now(); });
+}
+
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     std::lock_guard<std::recursive_mutex> guard(lock);
+    if (event->timed) note_time(event, stream);
     event->work = stream->last;
     event->recording = stream->recording;
+    return cudaSuccess;
+}
+
+// In a recording that it is external to, an event is a node that notes the time of each replay.
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    if (flags != cudaEventRecordExternal) return cudaEventRecord(event, stream);
+    if (!stream->recording) fail("an external event outside of a recording");
+    note_time(event, stream);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+    std::lock_guard<std::recursive_mutex> guard(lock);
+    const std::chrono::steady_clock::time_point never;
+    if (begin->when == never || end->when == never) fail("the time of an event that nothing passed");
+    *milliseconds = std::chrono::duration<float, std::milli>(end->when - begin->when).count();
     return cudaSuccess;
 }
 
