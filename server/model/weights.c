@@ -4,6 +4,7 @@
 // Every name, shape and type is checked before the first byte of weights is read, so that a wrong
 // checkpoint fails at once. Host memory holds one matrix at a time: q, k, v are stacked into one
 // [(Q + 2K) D, H] buffer, gate and up into one [2F, H], packed by the backend, and freed.
+#include "server/model/dummy_weights.h"
 #include "server/model/model_internal.h"
 #include "server/model/packed_weights.h"
 
@@ -162,42 +163,22 @@ struct source {
     const struct safetensors *file;
     const struct packing *packing;
     uint64_t seed;
+    void *buffer; // of the tensors read last: memory that was never touched is slow to come by
+    size_t buffer_bytes;
 };
 
-static uint64_t mix64(uint64_t value) { // the finalizer of splitmix64 (Steele et al., 2014)
-    value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9u;
-    value = (value ^ (value >> 27)) * 0x94d049bb133111ebu;
-    return value ^ (value >> 31);
-}
-
-// A tensor's numbers depend on the seed, its name and the element's index, not on the order in
-// which tensors are made.
-static uint64_t tensor_seed(uint64_t seed, const char *name) {
-    uint64_t state = mix64(seed + 0x9e3779b97f4a7c15u);
-    for (; *name; name++) state = mix64(state ^ (unsigned char)*name);
-    return state;
-}
-
-// bf16 uniform in +-0.02 sqrt(3): standard deviation 0.02. Each 64-bit draw gives four elements.
-static void dummy_fill(uint16_t *to, size_t count, uint64_t state) {
-    const float scale = 0.034641016f / 32768.0f;
-    size_t i = 0;
-    for (; i < count; i += 4) {
-        state += 0x9e3779b97f4a7c15u;
-        uint64_t draw = mix64(state);
-        size_t left = count - i < 4 ? count - i : 4;
-        for (size_t j = 0; j < left; j++, draw >>= 16) {
-            float value = ((float)(int32_t)(draw & 0xffff) - 32767.5f) * scale;
-            uint32_t bits; // finite, so the rounding needs no NaN case
-            memcpy(&bits, &value, 4);
-            to[i + j] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-        }
+static void *source_buffer(struct source *source, size_t bytes) {
+    if (source->buffer_bytes < bytes) {
+        free(source->buffer);
+        source->buffer = mem_alloc_aligned(bytes);
+        source->buffer_bytes = bytes;
     }
+    return source->buffer;
 }
 
-// The tensors of `specs` one below the other, malloc'd, in their own type when they agree on one,
-// else in f32. All have the same number of columns.
-static enum status read_stacked(const struct source *source, const struct tensor_spec *specs,
+// The tensors of `specs` one below the other, in their own type when they agree on one, else in f32.
+// All have the same number of columns. The buffer is the source's, until the next call.
+static enum status read_stacked(struct source *source, const struct tensor_spec *specs,
                                 int count, void **buffer, enum dtype *dtype, struct error *err) {
     VERIFY_OP(count, <=, STACK_MAX);
     const struct tensor_info *infos[STACK_MAX] = {NULL};
@@ -213,11 +194,11 @@ static enum status read_stacked(const struct source *source, const struct tensor
         *dtype = i == 0 || own == *dtype ? own : DTYPE_F32;
     }
     size_t element_bytes = dtype_bytes(*dtype);
-    char *to = *buffer = mem_alloc_aligned(total * element_bytes);
+    char *to = *buffer = source_buffer(source, total * element_bytes);
     enum status status = STATUS_OK;
     for (int i = 0; i < count && status == STATUS_OK; i++) {
         if (!source->file) {
-            dummy_fill((uint16_t *)to, elements[i], tensor_seed(source->seed, specs[i].name));
+            dummy_weights((uint16_t *)to, elements[i], source->seed, specs[i].name);
         } else if (!infos[i]) {
             status = packed_read(source->file, source->packing, specs[i].name, specs[i].rows,
                                  specs[i].columns, (float *)(void *)to, err);
@@ -232,15 +213,12 @@ static enum status read_stacked(const struct source *source, const struct tensor
         }
         to += elements[i] * element_bytes;
     }
-    if (status == STATUS_OK) return STATUS_OK;
-    free(*buffer);
-    *buffer = NULL;
     return status;
 }
 
 // ------------------------------------------------------------------ into the backend
 
-static enum status load_linear(struct model *m, const struct source *source,
+static enum status load_linear(struct model *m, struct source *source,
                                const struct tensor_spec *specs, int count, struct linear **out,
                                struct error *err) {
     void *buffer;
@@ -250,11 +228,10 @@ static enum status load_linear(struct model *m, const struct source *source,
     int rows = 0;
     for (int i = 0; i < count; i++) rows += specs[i].rows;
     status = m->ops->linear_create(m->backend, buffer, dtype, rows, specs[0].columns, out, err);
-    free(buffer);
     return status;
 }
 
-static enum status load_gain(struct model *m, const struct source *source,
+static enum status load_gain(struct model *m, struct source *source,
                              const struct tensor_spec *spec, float **out, struct error *err) {
     size_t count = (size_t)spec->rows;
     float *gain = mem_alloc_aligned(count * sizeof *gain);
@@ -263,10 +240,7 @@ static enum status load_gain(struct model *m, const struct source *source,
         void *raw;
         enum dtype dtype;
         status = read_stacked(source, spec, 1, &raw, &dtype, err);
-        if (status == STATUS_OK) {
-            dtype_to_f32(gain, raw, dtype, count);
-            free(raw);
-        }
+        if (status == STATUS_OK) dtype_to_f32(gain, raw, dtype, count);
     } else {
         for (size_t i = 0; i < count; i++) gain[i] = 1.0f;
     }
@@ -282,7 +256,7 @@ static enum status load_gain(struct model *m, const struct source *source,
 }
 
 // The table in the backend's dtype, and the head packed from the same bytes when they are tied.
-static enum status load_embedding(struct model *m, const struct source *source,
+static enum status load_embedding(struct model *m, struct source *source,
                                   struct error *err) {
     const struct model_config *c = &m->config;
     struct tensor_spec spec = named_spec(embedding_name, c->vocabulary, c->hidden);
@@ -305,11 +279,10 @@ static enum status load_embedding(struct model *m, const struct source *source,
     if (status == STATUS_OK && c->tied_embeddings)
         status = m->ops->linear_create(m->backend, buffer, dtype, c->vocabulary, c->hidden,
                                        &m->weights.head, err);
-    free(buffer);
     return status;
 }
 
-static enum status load_layer(struct model *m, const struct source *source, int layer,
+static enum status load_layer(struct model *m, struct source *source, int layer,
                               struct error *err) {
     struct layer_weights *w = &m->weights.layers[layer];
     struct tensor_spec s[LAYER_TENSORS];
@@ -325,7 +298,7 @@ static enum status load_layer(struct model *m, const struct source *source, int 
     return status;
 }
 
-static enum status load_all(struct model *m, const struct source *source, struct error *err) {
+static enum status load_all(struct model *m, struct source *source, struct error *err) {
     const struct model_config *c = &m->config;
     m->weights.layers = mem_zalloc((size_t)c->layers, sizeof *m->weights.layers);
     enum status status = load_embedding(m, source, err);
@@ -352,13 +325,15 @@ static enum status load_all(struct model *m, const struct source *source, struct
 enum status weights_load(struct model *model, const struct model_options *options,
                          struct error *err) {
     struct source source = {.seed = options->seed, .packing = &model->config.packing};
-    if (options->dummy) return load_all(model, &source, err);
     struct safetensors *file = NULL;
-    enum status status = safetensors_open_folder(options->folder, &file, err);
-    if (status != STATUS_OK) return status;
-    source.file = file;
-    status = check_all(file, &model->config, err);
+    enum status status = STATUS_OK;
+    if (!options->dummy) {
+        status = safetensors_open_folder(options->folder, &file, err);
+        if (status == STATUS_OK) status = check_all(file, &model->config, err);
+        source.file = file;
+    }
     if (status == STATUS_OK) status = load_all(model, &source, err);
+    free(source.buffer);
     safetensors_close(file);
     return status;
 }
