@@ -17,6 +17,7 @@ struct bench_options {
     const char *url, *model; // model: the base's id; NULL = the first without a parent
     struct workload_options workload;
     int adapters;    // -1: all that the server lists
+    const char *prefix; // of the ids of those that count
     int concurrency; // 0: open loop
     bool ignore_eos, text_prompts;
     int vocabulary;  // prompt ids are drawn below it

@@ -10,7 +10,7 @@
 #include <string.h>
 
 enum option_id {
-    O_URL, O_MODEL, O_ADAPTERS, O_BASE_ONLY, O_ALPHA, O_RATE, O_CV, O_DURATION, O_REQUESTS,
+    O_URL, O_MODEL, O_ADAPTERS, O_PREFIX, O_BASE_ONLY, O_ALPHA, O_RATE, O_CV, O_DURATION, O_REQUESTS,
     O_CONCURRENCY, O_INPUT, O_OUTPUT, O_SEED, O_RESPECT_EOS, O_TEXT, O_VOCABULARY, O_TIMEOUT,
     O_SLO, O_KEY, O_JSON, O_REPORT, O_COMMIT, O_HELP, OPTIONS
 };
@@ -21,6 +21,7 @@ static const struct {
     [O_URL] = {"url", "URL", "the server (default http://127.0.0.1:8000)"},
     [O_MODEL] = {"model", "ID", "the base model's id (default: the first one without a parent)"},
     [O_ADAPTERS] = {"adapters", "N", "use the first N adapters that /v1/models lists (default: all)"},
+    [O_PREFIX] = {"prefix", "TEXT", "only adapters whose ids begin with it"},
     [O_BASE_ONLY] = {"base-only", NULL, "no adapters: every request goes to the base model"},
     [O_ALPHA] = {"alpha", "A", "popularity: adapter = N x u^(1/A); 1 is uniform (default 1)"},
     [O_RATE] = {"rate", "R", "arrivals a second (default 2)"},
@@ -108,6 +109,7 @@ static bool option_set(struct bench_options *o, enum option_id id, const char *v
     case O_URL: o->url = value; return true;
     case O_MODEL: o->model = value; return true;
     case O_ADAPTERS: return whole(value, 0, 1e6, &o->adapters);
+    case O_PREFIX: o->prefix = value; return true;
     case O_BASE_ONLY: o->adapters = 0; return true;
     case O_ALPHA: return number(value, 1e-3, 1e3, &w->alpha);
     case O_RATE: return number(value, 1e-6, 1e6, &w->rate);
@@ -148,7 +150,7 @@ static char *command_join(int argc, char **argv) {
 int bench_options_parse(int argc, char **argv, struct bench_options *o) {
     *o = (struct bench_options){
         .url = "http://127.0.0.1:8000", .adapters = -1, .ignore_eos = true, .vocabulary = 256,
-        .timeout_s = 600, .slo_s = 6, .commit = "",
+        .timeout_s = 600, .slo_s = 6, .commit = "", .prefix = "",
         .workload = {.alpha = 1, .rate = 2, .cv = 1, .duration_s = 30, .input_min = 8,
                      .input_max = 512, .output_min = 8, .output_max = 512, .seed = 42}};
     struct option names[OPTIONS + 1] = {{0}};

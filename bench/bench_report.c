@@ -118,6 +118,14 @@ static json_t *summary_json(const struct summary *s) {
                      s->p50, "p90", s->p90, "p99", s->p99, "max", s->max);
 }
 
+// Each percent, from 1 to 100.
+static json_t *percentiles_json(const struct samples *sorted) {
+    json_t *list = json_array();
+    for (int p = 1; p <= 100 && sorted->count > 0; p++)
+        json_array_append_new(list, json_real(samples_percentile(sorted, p / 100.0)));
+    return list;
+}
+
 static json_t *machine_json(void) {
     char cpu[200];
     machine_cpu_name(cpu, sizeof cpu);
@@ -157,8 +165,10 @@ json_t *bench_json(const struct bench_options *options, const struct bench_run *
         summary_json(&result->itl_s), "e2e_s", summary_json(&result->e2e_s), "slo_s",
         options->slo_s, "slo_share", result->slo_share, "jain", result->jain, "ttft_max_of_means_s",
         result->ttft_max_s);
-    return json_pack("{s:s,s:s,s:s,s:o,s:s,s:i,s:o,s:o,s:o,s:o}", "command", options->command,
+    return json_pack("{s:s,s:s,s:s,s:o,s:s,s:i,s:o,s:o,s:o,s:o,s:{s:o,s:o}}", "command", options->command,
                      "date", date, "commit", options->commit, "machine", machine_json(), "model",
                      run->base, "adapters", run->adapter_count, "workload", workload_json(options),
-                     "figures", figures, "by_adapter", adapters, "errors", errors);
+                     "figures", figures, "by_adapter", adapters, "errors", errors,
+                     "percentiles", "ttft_s", percentiles_json(&result->ttft), "e2e_s",
+                     percentiles_json(&result->e2e));
 }

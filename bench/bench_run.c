@@ -65,7 +65,8 @@ static bool models_take(struct runner *r, const json_t *root) {
         const char *id = json_string_value(json_object_get(model, "id"));
         if (!id) continue;
         if (json_is_string(json_object_get(model, "parent"))) {
-            if (wanted < 0 || run->adapter_count < wanted) adapter_add(run, id);
+            bool counts = strncmp(id, r->options->prefix, strlen(r->options->prefix)) == 0;
+            if (counts && (wanted < 0 || run->adapter_count < wanted)) adapter_add(run, id);
         } else if (!run->base && (!r->options->model || !strcmp(r->options->model, id))) {
             run->base = mem_strdup(id);
         }

@@ -3,7 +3,7 @@
 
     tools/figures.py           rewrites what stands between the markers
     tools/figures.py --check   exits 1 when a document does not say what the results say
-    tools/figures.py --gpu DIR prints what a run of bench/gpu/run.sh left in DIR
+    tools/figures.py --gpu DIR prints what a run of bench/gpu/run.sh left in DIR, and draws it there
 
 A marker is `<!-- figures NAME -->` ... `<!-- end -->`; NAME is a function of this file. No figure in
 these documents is written by hand.
@@ -12,6 +12,8 @@ import json
 import pathlib
 import re
 import sys
+
+import gpu_figures
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -232,91 +234,9 @@ def fairness():
             f"`{result['commit'][:10]}`, `{result['command']}`.")
 
 
-def gpu_roofline(folder):
-    lines = []
-    for path in sorted(folder.glob("gpu-roofline-r*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        limits = result["limits"]
-        lines += [f"**{pathlib.Path(result['model']).name}, {result['context']} tokens of context each, " +
-                  (f"each on its own rank-{result['rank']} adapter" if result["rank"] else "no adapters")
-                  + f"** ({result['machine']['device']}, commit `{result['commit'][:10]}`; read "
-                  f"{limits['read_bytes_per_s'] / 1e12:.2f} TB/s, bf16 "
-                  f"{limits['bf16_flops_per_s'] / 1e12:.0f} TFLOP/s in the same run)", "",
-                  "| M | step, ms | limit, ms | share | operations apart, ms | base matmuls | "
-                  "lora shrink | lora expand | attention |", "|---:|" + "---:|" * 8]
-        for step in result["steps"]:
-            def share(*names):
-                some = [o for n, o in step["operations"].items() if n.startswith(names)]
-                spent = sum(o["seconds"] for o in some)
-                return f"{sum(o['limit_seconds'] for o in some) / spent:.0%}" if spent else "-"
-            total = step["step"]
-            lines.append(f"| {step['tokens']} | {total['seconds'] * 1e3:.2f} | "
-                         f"{total['limit_seconds'] * 1e3:.2f} | {total['share_of_limit']:.0%} | "
-                         f"{step['operations_seconds'] * 1e3:.2f} | {share('linear')} | "
-                         f"{share('lora shrink')} | {share('lora expand')} | {share('attention')} |")
-        lines += ["", ""]
-    return lines[:-1]
-
-
-def gpu_lora(folder):
-    path = folder / "gpu-lora.json"
-    if not path.exists():
-        return []
-    lines = ["", "**LoRA's kernels, share of max(bytes / bandwidth, flops / peak): shrink, expand**", ""]
-    runs = json.loads(path.read_text(encoding="utf-8"))
-    batches = [step["tokens"] for step in runs[0]["steps"]]
-    lines += ["| adapters | rank | " + " | ".join(f"batch {b}" for b in batches) + " |",
-              "|---|---|" + "---:|" * len(batches)]
-    for run in runs:
-        shares = [", ".join(f"{step['operations'][name]['share_of_limit']:.0%}"
-                            for name in ("lora shrink", "lora expand")) for step in run["steps"]]
-        lines.append(f"| {run['sharing']} | {', '.join(map(str, run['ranks']))} | " +
-                     " | ".join(shares) + " |")
-    return lines
-
-
-def gpu_serving(folder):
-    runs = sorted((json.loads(p.read_text(encoding="utf-8")) for p in folder.glob("gpu-s1-*.json")),
-                  key=lambda run: run["adapters"])
-    if not runs:
-        return []
-    lines = ["", "**S1 over the server, a closed loop**", "",
-             "| adapters | req/s | output tok/s | first token, p50 / p99 s | failed |",
-             "|---:|---:|---:|---:|---:|"]
-    for run in runs:
-        f = run["figures"]
-        lines.append(f"| {run['adapters']} | {f['requests_per_s']:.2f} | {f['output_tokens_per_s']:.0f} | "
-                     f"{f['ttft_s']['p50']:.2f} / {f['ttft_s']['p99']:.2f} | {f['failed']} |")
-    return lines
-
-
-def gpu_peers(folder):
-    path = folder / "gpu-peers.json"
-    if not path.exists():
-        return []
-    result = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["", f"**torch {result['torch']} on the same device**", ""]
-    peft = result["peft"]
-    if "left_out" in peft:
-        return lines + [f"transformers + PEFT left out: {peft['left_out']}"]
-    lines += [f"| transformers + PEFT, {peft['batch']} requests in one batch | output tok/s | decode step, ms |",
-              "|---|---:|---:|"]
-    for what in "base", "distinct adapters":
-        lines.append(f"| {what} | {peft[what]['output_tokens_per_s']:.0f} | "
-                     f"{peft[what]['decode_step_s'] * 1e3:.1f} |")
-    read = result["limits"]["copy_bytes_per_s"]
-    lines += ["", "| LoRA by batched matmuls, share of copy bandwidth | " +
-              " | ".join(f"{row['rows']} rows, rank {row['rank']}" for row in result["lora_bmm"]) + " |",
-              "|---|" + "---:|" * len(result["lora_bmm"]),
-              "| | " + " | ".join(f"{row['adapter_bytes_per_s'] / read:.0%}"
-                                  for row in result["lora_bmm"]) + " |"]
-    return lines
-
-
-def gpu(folder=RESULTS):
-    lines = gpu_roofline(folder) + gpu_lora(folder) + gpu_serving(folder) + gpu_peers(folder)
-    return "\n".join(lines) if lines else (
-        "**Nothing has been measured on a GPU yet.** No figure in this repository is a GPU's.")
+def gpu():
+    plots = [f"![](../bench/results/{name})" for name in gpu_figures.plots(RESULTS)]
+    return "\n\n".join([gpu_figures.text(RESULTS), *plots])
 
 
 def rewrite(text):
@@ -327,7 +247,10 @@ def rewrite(text):
 
 def main():
     if sys.argv[1:2] == ["--gpu"]:
-        print(gpu(pathlib.Path(sys.argv[2])))
+        folder = pathlib.Path(sys.argv[2])
+        print(gpu_figures.text(folder))
+        for name, svg in gpu_figures.plots(folder).items():
+            (folder / name).write_text(svg, encoding="utf-8")
         return
     stale = []
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

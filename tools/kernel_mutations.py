@@ -64,6 +64,11 @@ MUTATIONS = [
     ("expand, plain: writes past the last column", "lora", "if (column + i < target.out) y[i]",
      "y[i]", O),
 
+    ("modules: only the last segment's count", "step_plan", "counts->lora_modules |=",
+     "counts->lora_modules =", O),
+    ("marks: not taken anew from a recording", "marks", "b->recording ? cudaEventRecordExternal",
+     "false ? cudaEventRecordExternal", O),
+
     ("tiles: halves of a pair swapped", "tiles.cuh", "(x & 0xffffu) | y << 16", "(y & 0xffffu) | x << 16",
      O),
     ("tiles: depths of the second step taken twice", "tiles.cuh",

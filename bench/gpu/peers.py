@@ -3,12 +3,14 @@
 
     bench/gpu/peers.py [--device cuda] [--model bench/models/llama-2-7b] [--json FILE]
 
-1. Limits: bytes a second of a large copy and of page-locked host memory to the device, operations a
+1. Limits: bytes a second of a large copy and of page-locked host memory, both ways, operations a
    second of a bf16 matmul of 8192.
 2. A layer's base matmuls (qkv, o, gate+up, down) at 1 to 64 rows, as bytes a second of weights.
-3. LoRA at 1 to 256 rows, each on an adapter of its own, ranks 8, 16, 64: gather and two batched
+3. Attention of 1 to 64 decodes at 512 tokens of context (scaled_dot_product_attention), as bytes a
+   second of keys and values.
+4. LoRA at 1 to 256 rows, each on an adapter of its own, ranks 8, 16, 64: gather and two batched
    matmuls (torch.bmm), as bytes a second of A and B; the naive way that kernels must beat.
-4. transformers + PEFT, --batch requests in one static batch, without adapters and each with its own
+5. transformers + PEFT, --batch requests in one static batch, without adapters and each with its own
    of rank 16 on all seven modules: output tokens a second, milliseconds a decode step.
 
 Random weights. Needs torch, and transformers and peft for the last part; what is missing is said and
@@ -63,6 +65,8 @@ def limits(device, tiny):
         "copy_bytes_per_s": 2 * elements / seconds_of(lambda: target.copy_(source), device),
         "host_to_device_bytes_per_s":
             elements / seconds_of(lambda: target.copy_(host, non_blocking=True), device),
+        "device_to_host_bytes_per_s":
+            elements / seconds_of(lambda: host.copy_(target, non_blocking=True), device),
         "bf16_flops_per_s": 2 * size ** 3 / seconds_of(lambda: a @ a, device),
     }
 
@@ -82,6 +86,24 @@ def base_matmuls(config, device, layers):
             took = seconds_of(lambda: run_all(lambda w: x @ w.T), device) / count
             rows.append({"matmul": name, "rows": m, "seconds": took,
                          "weight_bytes_per_s": 2 * out * inside / took})
+    return rows
+
+
+def attention(config, device, tiny):
+    """Decodes: one query a sequence against its own keys and values."""
+    heads = config["num_attention_heads"]
+    size, context = config["hidden_size"] // heads, 64 if tiny else 512
+    rows = []
+    for m in (1, 4) if tiny else (1, 16, 32, 64):
+        def make():
+            return [torch.randn(m, heads, context, size, device=device, dtype=torch.bfloat16)
+                    for _ in range(2)]
+        run_all, count = many(make, 2 if tiny else max(2, 256 // m))
+        q = torch.randn(m, heads, 1, size, device=device, dtype=torch.bfloat16)
+        took = seconds_of(lambda: run_all(
+            lambda kv: torch.nn.functional.scaled_dot_product_attention(q, *kv)), device) / count
+        rows.append({"rows": m, "context": context, "seconds": took,
+                     "kv_bytes_per_s": 2 * 2 * m * heads * context * size / took})
     return rows
 
 
@@ -172,6 +194,7 @@ def main():
               "command": " ".join(["bench/gpu/peers.py", *sys.argv[1:]]), "model": chosen.model}
     parts = {"limits": lambda: limits(device, chosen.tiny),
              "base_matmuls": lambda: base_matmuls(config, device, 2 if chosen.tiny else 4),
+             "attention": lambda: attention(config, device, chosen.tiny),
              "lora_bmm": lambda: lora(config, device, chosen.tiny),
              "peft": lambda: peft(config, device, chosen.batch, chosen.tiny)}
     failed = 0

@@ -60,6 +60,10 @@ def test_load(demo, tmp_path):
     for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s"):
         s = figures[name]
         assert 0 < s["p50"] <= s["p90"] <= s["p99"] <= s["max"], (name, s)
+        if name in result["percentiles"]:
+            curve = result["percentiles"][name]
+            assert curve == sorted(curve) and curve[49] == s["p50"] and curve[99] == s["max"]
+    assert len(result["percentiles"]) == 2
     # a chunk a token, but for last tokens that are only part of a character
     assert 0.98 * (served - 200) <= figures["itl_s"]["count"] <= served - 200
     page = Page((tmp_path / "run.html").read_text())
@@ -68,10 +72,13 @@ def test_load(demo, tmp_path):
     assert "200 requests" in run.stdout and "p99" in run.stdout
 
 
-def test_closed_loop_and_text(demo):
+def test_closed_loop_and_text(demo, tmp_path):
     run = bench("--url", demo.url, "--concurrency", "3", "--requests", "9", "--adapters", "2",
-                "--text", "--input", "2:4", "--output", "2:4", "--respect-eos")
+                "--prefix", "gopher-", "--text", "--input", "2:4", "--output", "2:4",
+                "--respect-eos", "--json", str(tmp_path / "run.json"))
     assert "9 completed, 0 failed" in run.stdout
+    asked = {a["name"] for a in json.loads((tmp_path / "run.json").read_text())["by_adapter"]}
+    assert asked and asked <= {"gopher-0", "gopher-1"}
 
 
 def test_errors(demo, tmp_path):
@@ -81,6 +88,8 @@ def test_errors(demo, tmp_path):
     assert "refused" in bench("--url", nobody, status=1).stderr
     assert "http://" in bench("--url", "https://x", status=1).stderr
     assert "lists 64" in bench("--url", demo.url, "--adapters", "65", status=1).stderr
+    assert "lists 0" in bench("--url", demo.url, "--adapters", "1", "--prefix", "none-",
+                              status=1).stderr
     assert "LO:HI" not in bench("--help").stderr
     for bad in (["--rate", "x"], ["--input", "5:4"], ["--nonsense"], ["stray"], ["--alpha", "0"]):
         assert bench(*bad, status=2).stderr

@@ -153,7 +153,8 @@ static void note_time(cudaEvent_t event, cudaStream_t stream) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     std::lock_guard<std::recursive_mutex> guard(lock);
-    if (event->timed) note_time(event, stream);
+    // While it is recorded, an event only orders; see cudaEventRecordWithFlags.
+    if (event->timed && !stream->recording) note_time(event, stream);
     event->work = stream->last;
     event->recording = stream->recording;
     return cudaSuccess;
