@@ -77,6 +77,7 @@ struct adapter {
     struct host_store *_Atomic store; // that holds the image in its account; NULL: nobody's account
     struct adapter *host_next, *host_previous;
     int image_users;            // uploads that read it
+    bool copy_follows;          // its pages are there when it has been read
 
     // Of the pages. Engine thread only, but for `resident`, which any thread may read.
     _Atomic bool resident;

@@ -38,6 +38,8 @@ struct host_store {
     int spare_count, undigested; // images whose digest is not known
     struct adapter *wanted[HOST_WANTED_MAX];
     int wanted_count;
+    struct adapter *reads[THREADS_MAX]; // that loaders take next; room is reserved, tier READING
+    int read_count;
     struct adapter **copies; // first in, first out
     int copy_count, copy_room;
     struct host_event *events;
@@ -191,6 +193,17 @@ static struct host_event *event_add(struct host_store *store, struct adapter *ad
     return event;
 }
 
+// For an image in host memory.
+static void copy_add(struct host_store *store, struct adapter *adapter) {
+    adapter->image_users++;
+    if (store->copy_count == store->copy_room) {
+        store->copy_room = store->copy_room ? 2 * store->copy_room : 64;
+        store->copies =
+            mem_realloc(store->copies, (size_t)store->copy_room * sizeof *store->copies);
+    }
+    store->copies[store->copy_count++] = adapter_ref(adapter);
+}
+
 // ------------------------------------------------------------------ the work
 
 // Into the pages, in pieces between which a loader may rest.
@@ -237,6 +250,7 @@ static void read_image(struct host_store *store, struct adapter *adapter) {
         store->counts.bytes_read += adapter->image_bytes;
         adapter->image = image;
         account_add(store, adapter);
+        if (adapter->copy_follows) copy_add(store, adapter);
     } else {
         store->counts.read_failures++;
         store->counts.bytes_used -= adapter->image_bytes;
@@ -254,6 +268,7 @@ static void read_image(struct host_store *store, struct adapter *adapter) {
         snprintf(event->text, sizeof event->text, "%.*s", (int)sizeof event->text - 1, err.text);
         atomic_store(&adapter->tier, ADAPTER_ON_DISK);
     }
+    adapter->copy_follows = false;
     pthread_mutex_unlock(&store->mutex);
     if (status != STATUS_OK)
         log_event(LOG_ERROR, "adapter_not_read", "name=%s %s", adapter->name, err.text);
@@ -272,6 +287,14 @@ static struct adapter *next_read(struct host_store *store) {
         return adapter_ref(adapter);
     }
     return NULL;
+}
+
+// As many as loaders may begin at once: what stands here has its room, and will be read.
+static void assign_reads(struct host_store *store) {
+    int most = store->thread_count > 0 ? store->thread_count : 1;
+    struct adapter *adapter;
+    while (store->read_count < most && (adapter = next_read(store)))
+        store->reads[store->read_count++] = adapter;
 }
 
 // In the list, but its last reference may just have gone.
@@ -317,7 +340,10 @@ static bool work(struct host_store *store) {
         store->copying = false;
         return true;
     }
-    if (!(adapter = next_read(store))) return digest_one(store);
+    assign_reads(store);
+    if (store->read_count == 0) return digest_one(store);
+    adapter = store->reads[0];
+    memmove(store->reads, store->reads + 1, (size_t)--store->read_count * sizeof *store->reads);
     pthread_mutex_unlock(&store->mutex);
     read_image(store, adapter);
     pthread_mutex_lock(&store->mutex);
@@ -370,6 +396,22 @@ enum status host_store_create(const struct lora_geometry *geometry, const struct
     return STATUS_OK;
 }
 
+// The reference goes with the event.
+static void copy_cancel(struct host_store *store, struct adapter *adapter) {
+    struct host_event *event = event_add(store, adapter);
+    event->copied = true;
+    event->status = STATUS_SHUTDOWN;
+}
+
+static void read_cancel(struct host_store *store, struct adapter *adapter) {
+    store->counts.bytes_used -= adapter->image_bytes;
+    atomic_store(&adapter->tier, ADAPTER_ON_DISK);
+    bool follows = adapter->copy_follows;
+    adapter->copy_follows = false;
+    if (follows) copy_cancel(store, adapter);
+    else adapter_unref(adapter);
+}
+
 void host_store_stop(struct host_store *store) {
     pthread_mutex_lock(&store->mutex);
     store->stopping = true;
@@ -377,11 +419,11 @@ void host_store_stop(struct host_store *store) {
     pthread_mutex_unlock(&store->mutex);
     for (int i = 0; i < store->thread_count; i++) pthread_join(store->threads[i], NULL);
     store->thread_count = 0;
+    for (int i = 0; i < store->read_count; i++) read_cancel(store, store->reads[i]);
+    store->read_count = 0;
     for (int i = 0; i < store->copy_count; i++) {
         store->copies[i]->image_users--;
-        struct host_event *event = event_add(store, store->copies[i]);
-        event->copied = true;
-        event->status = STATUS_SHUTDOWN;
+        copy_cancel(store, store->copies[i]);
     }
     store->copy_count = 0;
 }
@@ -454,6 +496,7 @@ void host_store_want(struct host_store *store, struct adapter *const *wanted, in
             list_append(store, wanted[i]);
         }
         store->wanted_count = count;
+        assign_reads(store);
         something_to_do(store);
         pthread_mutex_unlock(&store->mutex);
         for (int i = 0; i < before_count; i++) adapter_unref(before[i]);
@@ -464,15 +507,10 @@ void host_store_want(struct host_store *store, struct adapter *const *wanted, in
 
 bool host_store_copy(struct host_store *store, struct adapter *adapter) {
     pthread_mutex_lock(&store->mutex);
-    bool there = atomic_load(&adapter->tier) == ADAPTER_IN_HOST;
-    if (there) {
-        adapter->image_users++;
-        if (store->copy_count == store->copy_room) {
-            store->copy_room = store->copy_room ? 2 * store->copy_room : 64;
-            store->copies =
-                mem_realloc(store->copies, (size_t)store->copy_room * sizeof *store->copies);
-        }
-        store->copies[store->copy_count++] = adapter_ref(adapter);
+    int tier = atomic_load(&adapter->tier);
+    if (tier == ADAPTER_READING) adapter->copy_follows = true;
+    if (tier == ADAPTER_IN_HOST) {
+        copy_add(store, adapter);
         if (atomic_load(&adapter->store)) {
             list_remove(store, adapter);
             list_append(store, adapter);
@@ -480,7 +518,7 @@ bool host_store_copy(struct host_store *store, struct adapter *adapter) {
         something_to_do(store);
     }
     pthread_mutex_unlock(&store->mutex);
-    return there;
+    return tier != ADAPTER_ON_DISK;
 }
 
 int host_store_poll(struct host_store *store, struct host_event *events, int max) {

@@ -1,12 +1,12 @@
 // The tiers above the pool: loader threads bring adapters' images from disk into host memory, as
 // many as fit into host_bytes_max, and copy them into their pages.
 //
-//   ON_DISK --a loader takes it from the wanted list--> READING --read and checked--> IN_HOST
+//   ON_DISK --room is reserved for one of the first wanted--> READING --read, checked--> IN_HOST
 //   READING --the read failed--> ON_DISK, and an event with the reason
 //   IN_HOST --another image needs the room, least recently wanted first--> ON_DISK
 //
 // The engine says each step which images are wanted, most urgent first; what it no longer says and
-// no loader has begun is forgotten. Copies into pages go before reads, in the order they were asked
+// is not READING is forgotten. Copies into pages go before reads, in the order they were asked
 // for. On a backend that computes on the host's own processor the loaders work in slices of about
 // 0.1 ms and rest in between, so that steps stay as long as they are, unless the steps lack those who
 // wait for what the loaders bring.
@@ -43,7 +43,8 @@ void host_store_forget(struct adapter *adapter); // its last reference has gone
 // Engine thread: the wanted adapters; references are taken. At most HOST_WANTED_MAX count.
 enum { HOST_WANTED_MAX = 128 };
 void host_store_want(struct host_store *store, struct adapter *const *wanted, int count);
-// Engine thread: copies an image that is IN_HOST into adapter->pages; false: it has just left.
+// Engine thread: copies an image into adapter->pages, now where it is IN_HOST, behind the read where
+// it is READING (if that fails, its event says so for both). False: it has just left.
 bool host_store_copy(struct host_store *store, struct adapter *adapter);
 // Engine thread: what has ended since the last call; the event's reference is the caller's.
 struct host_event {

@@ -95,8 +95,11 @@ void engine_take_copies(struct engine *engine, double now_s) {
     int count;
     while ((count = host_store_poll(engine->host_store, events, 16)) > 0)
         for (int i = 0; i < count; i++) {
-            if (!events[i].copied) read_failed(engine, &events[i], now_s);
-            else if (events[i].status == STATUS_OK) copied(engine, events[i].adapter, now_s);
+            if (!events[i].copied) {
+                if (events[i].adapter->arriving)
+                    residency_cancel(engine->residency, events[i].adapter);
+                read_failed(engine, &events[i], now_s);
+            } else if (events[i].status == STATUS_OK) copied(engine, events[i].adapter, now_s);
             else residency_cancel(engine->residency, events[i].adapter);
             adapter_unref(events[i].adapter);
         }
@@ -119,7 +122,8 @@ static void want(struct placer *placer, struct adapter *adapter) {
     if (placer->wanted_count < HOST_WANTED_MAX) placer->wanted[placer->wanted_count++] = adapter;
 }
 
-// Begins the copy of one adapter whose image is in host memory; false: there are no pages.
+// Begins the copy of one adapter whose image is in host memory, or follows its read; false: there
+// are no pages.
 static bool place(struct placer *placer, struct adapter *adapter, enum eviction_tier tier_max) {
     struct engine *engine = placer->engine;
     if (residency_place(engine->residency, adapter, tier_max) != STATUS_OK) return false;
@@ -133,13 +137,21 @@ static bool away(const struct adapter *adapter) {
     return !atomic_load(&adapter->resident) && !adapter->arriving;
 }
 
-static void serve_cold(struct placer *placer, struct sequence *sequence) {
+// Nobody has begun to bring it.
+static bool on_disk(const struct adapter *adapter) {
+    return atomic_load(&adapter->tier) == ADAPTER_ON_DISK;
+}
+
+static void want_cold(struct placer *placer, const struct sequence *sequence) {
+    for (int i = 0; i < sequence->item.adapter_count; i++)
+        if (away(sequence->item.adapters[i])) want(placer, sequence->item.adapters[i]);
+}
+
+static void place_cold(struct placer *placer, struct sequence *sequence) {
     bool holds = placer->engine->holder == sequence;
     for (int i = 0; i < sequence->item.adapter_count; i++) {
         struct adapter *adapter = sequence->item.adapters[i];
-        if (!away(adapter)) continue;
-        want(placer, adapter);
-        if (atomic_load(&adapter->tier) != ADAPTER_IN_HOST || (placer->full && !holds)) continue;
+        if (!away(adapter) || on_disk(adapter) || (placer->full && !holds)) continue;
         bool fits = holds || adapter->page_count <= placer->room;
         if (!fits || !place(placer, adapter, holds ? TIER_PINNED : TIER_IDLE)) {
             placer->full = true;
@@ -191,17 +203,21 @@ static void take_hints(struct engine *engine) {
     }
 }
 
-// Hinted adapters take pages that are free, and nobody's turn.
-static void serve_hints(struct placer *placer) {
+static void want_hints(struct placer *placer) {
     struct engine *engine = placer->engine;
     for (int i = engine->hint_count - 1; i >= 0; i--) {
         struct adapter *adapter = engine->hints[i];
-        if (!away(adapter) || atomic_load(&adapter->retired)) {
-            hint_remove(engine, i);
-            continue;
-        }
-        want(placer, adapter);
-        if (atomic_load(&adapter->tier) != ADAPTER_IN_HOST) continue;
+        if (!away(adapter) || atomic_load(&adapter->retired)) hint_remove(engine, i);
+        else want(placer, adapter);
+    }
+}
+
+// Hinted adapters take pages that are free, and nobody's turn.
+static void place_hints(struct placer *placer) {
+    struct engine *engine = placer->engine;
+    for (int i = engine->hint_count - 1; i >= 0; i--) {
+        struct adapter *adapter = engine->hints[i];
+        if (!away(adapter) || atomic_load(&adapter->tier) != ADAPTER_IN_HOST) continue;
         bool fits = !placer->full && adapter->page_count <= placer->room &&
                     adapter->page_count <= pool_counts(engine->pool).of[PAGE_FREE];
         if (fits) place(placer, adapter, TIER_IDLE);
@@ -219,17 +235,20 @@ void engine_move_adapters(struct engine *engine, double now_s) {
     engine->passed_over = NULL;
     engine->cold_count = count;
     struct placer placer = {.engine = engine};
-    if (count + engine->hint_count > 0) {
-        choose_holder(engine, cold, count);
-        hold(engine, now_s);
+    choose_holder(engine, cold, count);
+    hold(engine, now_s);
+    if (engine->holder) want_cold(&placer, engine->holder);
+    for (int i = 0; i < count; i++) want_cold(&placer, sequence_of(cold[i]));
+    want_hints(&placer);
+    host_store_want(engine->host_store, placer.wanted, placer.wanted_count);
+    if (placer.wanted_count > 0) {
         int peak = sched_running_peak(engine->running, engine->running_count,
                                       engine->sched_scratch);
         placer.room = engine->geometry.pool_pages - peak - engine_fixed_pages(engine);
-        if (engine->holder) serve_cold(&placer, engine->holder);
-        for (int i = 0; i < count; i++) serve_cold(&placer, sequence_of(cold[i]));
-        serve_hints(&placer);
+        if (engine->holder) place_cold(&placer, engine->holder);
+        for (int i = 0; i < count; i++) place_cold(&placer, sequence_of(cold[i]));
+        place_hints(&placer);
     }
-    host_store_want(engine->host_store, placer.wanted, placer.wanted_count);
     engine_take_copies(engine, now_s); // where there are no loaders, all has happened already
     hold(engine, now_s);
 }

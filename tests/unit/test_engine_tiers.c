@@ -232,7 +232,9 @@ static void the_cold_one_has_its_turn(void **state) {
 // Catches: a failed read that ends others, that leaves something behind, or that is for ever.
 static void a_failed_read_ends_its_requests_alone(void **state) {
     (void)state;
-    for (int threads = 0; threads <= 2; threads += 2) {
+    // With loaders it depends on their haste whether the pages were there before the read failed.
+    for (int round = 0; round < 5; round++) {
+        int threads = round == 0 ? 0 : 2;
         struct rig rig;
         rig_open(&rig, (struct engine_options){.sequences_max = 8, .step_tokens_max = 64,
                                                .load_threads = threads, .preempt_every = 100000},
