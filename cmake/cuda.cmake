@@ -28,6 +28,7 @@ if(lorad_cuda_built)
                         CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
   target_sources(lorad_kernels PRIVATE ${cuda_sources})
   target_compile_definitions(lorad_kernels PRIVATE LORAD_CUDA_BUILT=1)
-  target_link_libraries(lorad_kernels PRIVATE CUDA::cudart CUDA::cublasLt)
+  # cuBLASLt is loaded when a device is opened: kernels/cuda/cublaslt.cuh.
+  target_link_libraries(lorad_kernels PRIVATE CUDA::cudart_static ${CMAKE_DL_LIBS})
 endif()
 message(STATUS "CUDA backend: ${lorad_cuda_built}")

@@ -23,7 +23,7 @@ for file in base/{dtype,file,status,log,memory,utf8}.c kernels/algorithm_cache.c
     gcc -std=gnu17 -ffp-contract=off $flags -Ibench/gpu/shim -c "$file" -o "${objects[-1]}" &
 done
 for job in $(jobs -p); do wait "$job"; done
-nvcc -arch="sm_$arch" "${objects[@]}" -o "$out/smoke" -lcublasLt -lpthread -lm
+nvcc -arch="sm_$arch" "${objects[@]}" -o "$out/smoke" -ldl -lpthread -lm
 echo "built $out/smoke for sm_$arch"
 [ -z "${BUILD_ONLY:-}" ] || exit 0
 export LORAD_CACHE_DIR=$out/cache

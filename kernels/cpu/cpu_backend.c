@@ -32,9 +32,10 @@ void *cpu_memory(size_t bytes) {
     return memset(memory, 0, rounded);
 }
 
-// A large block is mapped, so that it is zero without being written, and a thread of its own makes
-// its pages present from the first to the last: serving need not wait for gigabytes, and steps
-// seldom meet a page that is not there yet.
+// A large block is mapped, so that it is zero without being written: what a step of the largest size
+// alone would touch takes no memory before one comes. Of a pool's size, a thread of its own makes its
+// pages present from the first to the last: serving need not wait for gigabytes, and steps seldom meet
+// a page that is not there yet.
 struct large {
     struct large *next;
     void *memory;
@@ -43,7 +44,7 @@ struct large {
     bool has_thread;
     _Atomic bool stop;
 };
-enum { LARGE_BYTES = 64 << 20, POPULATE_BYTES = 8 << 20 };
+enum { LARGE_BYTES = 16 << 20, POOL_BYTES_MIN = 256 << 20, POPULATE_BYTES = 8 << 20 };
 
 static void *populate(void *argument) {
     struct large *large = argument;
@@ -68,7 +69,8 @@ static void *cpu_memory_create(struct backend *b, size_t bytes) {
     large->bytes = bytes;
     large->next = b->large;
     b->large = large;
-    large->has_thread = thread_start(&large->thread, populate, large) == 0;
+    large->has_thread =
+        bytes >= POOL_BYTES_MIN && thread_start(&large->thread, populate, large) == 0;
     return memory;
 }
 

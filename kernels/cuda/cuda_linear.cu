@@ -12,8 +12,8 @@
 
 #ifndef LORAD_EMULATE
 #include "kernels/algorithm_cache.h"
+#include "kernels/cuda/cublaslt.cuh"
 
-#include <cublasLt.h>
 #include <stdio.h>
 #endif
 
@@ -100,26 +100,27 @@ static_assert(sizeof(cublasLtMatmulAlgo_t) == ALGORITHM_BYTES, "an algorithm is 
 
 // What the handle of cuda_internal.cuh is.
 struct matmuls {
+    struct cublaslt lt;
     cublasLtHandle_t library;
     struct algorithm_cache *algorithms;
     cudaEvent_t begin, end; // of a timing; NULL: nothing is timed
 };
 
-static bool cublas_check(struct backend *b, cublasStatus_t status) {
-    if (status == CUBLAS_STATUS_SUCCESS) return true;
-    cuda_check(b, cudaErrorUnknown, cublasLtGetStatusString(status));
-    return false;
+static struct matmuls *matmuls_of(const struct backend *b) {
+    return (struct matmuls *)b->matmul;
 }
 
-static struct matmuls *matmuls_of(struct backend *b) {
-    return (struct matmuls *)b->matmul;
+static bool cublas_check(struct backend *b, cublasStatus_t status) {
+    if (status == CUBLAS_STATUS_SUCCESS) return true;
+    cuda_check(b, cudaErrorUnknown, matmuls_of(b)->lt.GetStatusString(status));
+    return false;
 }
 
 static struct algorithm_cache *algorithms_open(const struct backend *b) {
     cudaDeviceProp properties = {};
     cudaGetDeviceProperties(&properties, 0);
     char owner[sizeof properties.name + 80];
-    snprintf(owner, sizeof owner, "%s, cuBLASLt %zu, %s", properties.name, cublasLtGetVersion(),
+    snprintf(owner, sizeof owner, "%s, cuBLASLt %zu, %s", properties.name, matmuls_of(b)->lt.GetVersion(),
              dtype_name(b->dtype));
     char *folder = algorithm_cache_folder();
     struct algorithm_cache *cache = algorithm_cache_open(folder, owner);
@@ -130,10 +131,12 @@ static struct algorithm_cache *algorithms_open(const struct backend *b) {
 enum status cuda_matmul_open(struct backend *b, struct error *err) {
     struct matmuls *m = (struct matmuls *)mem_zalloc(1, sizeof *m);
     b->matmul = m;
-    cublasStatus_t status = cublasLtCreate(&m->library);
+    enum status loaded = cublaslt_load(&m->lt, err);
+    if (loaded != STATUS_OK) return loaded;
+    cublasStatus_t status = m->lt.Create(&m->library);
     if (status != CUBLAS_STATUS_SUCCESS)
         return error_set(err, STATUS_DEVICE, "cuBLASLt does not start: %s",
-                         cublasLtGetStatusString(status));
+                         m->lt.GetStatusString(status));
     m->algorithms = algorithms_open(b);
     const char *tune = getenv("LORAD_CUDA_TUNE");
     if (tune && strcmp(tune, "0") == 0) return STATUS_OK;
@@ -148,7 +151,7 @@ void cuda_matmul_close(struct backend *b) {
     if (!m) return;
     if (m->begin) cudaEventDestroy(m->begin);
     if (m->end) cudaEventDestroy(m->end);
-    if (m->library) cublasLtDestroy(m->library);
+    if (m->library) m->lt.Destroy(m->library);
     algorithm_cache_close(m->algorithms);
     free(m);
 }
@@ -163,6 +166,7 @@ struct matmul {
 
 static void matmul_describe(struct backend *b, struct matmul *m, const struct linear *l, void *y,
                             const void *x, int tokens) {
+    const struct cublaslt *lt = &matmuls_of(b)->lt;
     cudaDataType_t type = b->dtype == DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_32F;
     cublasOperation_t transposed = CUBLAS_OP_T;
     uint64_t out = (uint64_t)l->out, in = (uint64_t)l->in, T = (uint64_t)tokens;
@@ -170,28 +174,30 @@ static void matmul_describe(struct backend *b, struct matmul *m, const struct li
     m->weights = l->weights;
     m->from = x;
     m->to = y;
-    cublas_check(b, cublasLtMatmulDescCreate(&m->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublas_check(b, cublasLtMatmulDescSetAttribute(m->operation, CUBLASLT_MATMUL_DESC_TRANSA,
+    cublas_check(b, lt->MatmulDescCreate(&m->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublas_check(b, lt->MatmulDescSetAttribute(m->operation, CUBLASLT_MATMUL_DESC_TRANSA,
                                                    &transposed, sizeof transposed));
-    cublas_check(b, cublasLtMatrixLayoutCreate(&m->w, type, in, out, l->in));
-    cublas_check(b, cublasLtMatrixLayoutCreate(&m->x, type, in, T, l->in));
-    cublas_check(b, cublasLtMatrixLayoutCreate(&m->y, CUDA_R_32F, out, T, l->out));
+    cublas_check(b, lt->MatrixLayoutCreate(&m->w, type, in, out, l->in));
+    cublas_check(b, lt->MatrixLayoutCreate(&m->x, type, in, T, l->in));
+    cublas_check(b, lt->MatrixLayoutCreate(&m->y, CUDA_R_32F, out, T, l->out));
 }
 
-static void matmul_forget(struct matmul *m) {
-    cublasLtMatrixLayoutDestroy(m->w);
-    cublasLtMatrixLayoutDestroy(m->x);
-    cublasLtMatrixLayoutDestroy(m->y);
-    cublasLtMatmulDescDestroy(m->operation);
+static void matmul_forget(struct backend *b, struct matmul *m) {
+    const struct cublaslt *lt = &matmuls_of(b)->lt;
+    lt->MatrixLayoutDestroy(m->w);
+    lt->MatrixLayoutDestroy(m->x);
+    lt->MatrixLayoutDestroy(m->y);
+    lt->MatmulDescDestroy(m->operation);
 }
 
 static cublasStatus_t matmul_queue(struct backend *b, const struct matmul *m,
                                    const cublasLtMatmulAlgo_t *algorithm) {
     float one = 1.0f, zero = 0.0f;
     void *workspace = cuda_scratch(b, SCRATCH_WORKSPACE, WORKSPACE_BYTES);
-    return cublasLtMatmul(matmuls_of(b)->library, m->operation, &one, m->weights, m->w, m->from,
-                          m->x, &zero, m->to, m->y, m->to, m->y, algorithm, workspace,
-                          WORKSPACE_BYTES, b->stream);
+    const struct matmuls *all = matmuls_of(b);
+    return all->lt.Matmul(all->library, m->operation, &one, m->weights, m->w, m->from, m->x, &zero,
+                          m->to, m->y, m->to, m->y, algorithm, workspace, WORKSPACE_BYTES,
+                          b->stream);
 }
 
 // ------------------------------------------------------------------ choosing
@@ -199,16 +205,17 @@ static cublasStatus_t matmul_queue(struct backend *b, const struct matmul *m,
 // What the library suggests for the shape, best guess first. Returns how many.
 static int suggestions(struct backend *b, const struct matmul *m,
                        cublasLtMatmulHeuristicResult_t found[SUGGESTIONS]) {
+    const struct cublaslt *lt = &matmuls_of(b)->lt;
     size_t bytes = WORKSPACE_BYTES;
     cublasLtMatmulPreference_t preference;
     int count = 0;
-    if (!cublas_check(b, cublasLtMatmulPreferenceCreate(&preference))) return 0;
-    cublas_check(b, cublasLtMatmulPreferenceSetAttribute(
+    if (!cublas_check(b, lt->MatmulPreferenceCreate(&preference))) return 0;
+    cublas_check(b, lt->MatmulPreferenceSetAttribute(
                         preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes));
-    cublas_check(b, cublasLtMatmulAlgoGetHeuristic(matmuls_of(b)->library, m->operation, m->w, m->x,
+    cublas_check(b, lt->MatmulAlgoGetHeuristic(matmuls_of(b)->library, m->operation, m->w, m->x,
                                                    m->y, m->y, preference, SUGGESTIONS, found,
                                                    &count));
-    cublasLtMatmulPreferenceDestroy(preference);
+    lt->MatmulPreferenceDestroy(preference);
     return count;
 }
 
@@ -271,7 +278,7 @@ void cuda_linear(struct backend *b, const struct linear *l, void *y, const void 
     cublasLtMatmulAlgo_t algorithm;
     matmul_describe(b, &m, l, y, x, tokens);
     if (algorithm_of(b, &m, l, tokens, &algorithm)) cublas_check(b, matmul_queue(b, &m, &algorithm));
-    matmul_forget(&m);
+    matmul_forget(b, &m);
 }
 
 #endif
