@@ -3,6 +3,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 // ------------------------------------------------------------------ values
@@ -72,13 +73,18 @@ static void append_inside(struct text_buffer *to, const json_t *value) {
     append_text(to, quote);
 }
 
+// The shortest text that is the same number, with an exponent where Python has one.
 static void append_real(struct text_buffer *to, double value) {
-    char text[40];
-    int digits = 1;
-    do snprintf(text, sizeof text, "%.*g", digits, value); // the shortest that is the same number
-    while (strtod(text, NULL) != value && ++digits <= 17);
+    char text[64];
+    int digits = 0;
+    do snprintf(text, sizeof text, "%.*e", digits, value);
+    while (strtod(text, NULL) != value && ++digits < 17);
+    long exponent = strtol(strchr(text, 'e') + 1, NULL, 10);
+    if (exponent >= -4 && exponent < 16) {
+        int decimals = digits > exponent ? digits - (int)exponent : 1;
+        snprintf(text, sizeof text, "%.*f", decimals, value);
+    }
     append_text(to, text);
-    if (!strpbrk(text, ".en")) append_text(to, ".0");
 }
 
 void value_append(struct text_buffer *to, const json_t *value) {

@@ -146,7 +146,7 @@ yes and n ; no or s ; not yes ; not no and yes ; none_ or 'x' ; e and 1 ; 'a' if
 q ; q is defined ; q is not defined ; s is string ; d is mapping ; l is iterable ; l is sequence ; d is sequence ; n is number ; yes is boolean
 none_ is none ; q is none ; f is float ; n is integer ; yes is true ; no is false ; n is odd ; 4 is even ; n is eq 7 ; n is ne(7) ; 3 is in l
 q|default('z') ; ''|default('z') ; ''|default('z', true) ; s|default('z')|length ; q|d ; n|string|length ; '12'|int + 1 ; 'x'|int ; f|int
-l ; d ; items_ ; [s, "it's", 'q"q'] ; 1.0 ; 1e3 ; 0.1 ; 12345678901 ; [1.5, none_, yes] ; (1, 2)|length ; (n,)|first ; {'a': [1, {'b': 'c'}]} ; '\\u00e9\\x41\\t|'
+l ; d ; items_ ; [s, "it's", 'q"q'] ; 1.0 ; 1e3 ; 0.1 ; 1e16 ; 0.00001 ; 123.456 ; 1 / 3 ; 100 / 8 ; 12345678901 ; [1.5, none_, yes] ; (1, 2)|length ; (n,)|first ; {'a': [1, {'b': 'c'}]} ; '\\u00e9\\x41\\t|'
 namespace(a=1).a ; dict(a=1, b='c') ; range(3)|list ; range(2, 8, 3)|list ; range(3, 0, -1)|list ; 'a' 'b' ; "\\"'" ; 'a\\qb' ; 'x' if n is defined and n > 3 else 'y'
 l[9] ; d.q ; d['q'] ; q.x ; q[0] ; 'a' + 1 ; 1 < 'a' ; n() ; 1 / 0 ; d.a.b ; s|safe ; s|string|trim|upper|lower|length
 """
