@@ -11,6 +11,7 @@ struct api_setup {
     const struct options *options;
     const struct model_config *config;
     const struct tokenizer *tokenizer; // NULL: prompts are token ids
+    const struct chat_template *chat_template; // NULL: there are no chats
     struct registry *registry;
     struct store *store; // NULL: loads and unloads are not remembered
     const char *base_id;

@@ -90,6 +90,7 @@ int keys_find(const struct keys *keys, const char *authorization);
 
 // Handlers. `tail` is what follows the route's prefix ("" when nothing).
 void handle_completions(struct connection *c, const struct http_request *r, const char *tail);
+void handle_chat_completions(struct connection *c, const struct http_request *r, const char *tail);
 void handle_models(struct connection *c, const struct http_request *r, const char *tail);
 void handle_load_adapter(struct connection *c, const struct http_request *r, const char *tail);
 void handle_unload_adapter(struct connection *c, const struct http_request *r, const char *tail);

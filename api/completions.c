@@ -1,4 +1,5 @@
-// POST /v1/completions, the way in: JSON -> checked parameters -> tokenized requests -> engine.
+// POST /v1/completions and /v1/chat/completions, the way in: JSON -> checked parameters -> tokenized
+// requests -> engine.
 // The body is parsed and tokenized on libuv's thread pool; submission is on the loop. Nothing is
 // ignored silently but fields that nobody defines: what lorad cannot do is refused by name.
 #include "api/completions_internal.h"
@@ -12,26 +13,35 @@
 
 enum { TEXT_MAX = 8 << 20, STOP_BYTES_MAX = 1024 };
 
-struct builder {
-    struct completion *completion;
-    const json_t *root;
-    struct error *err;
-    struct request *pattern; // every choice's request is a copy of this, with its own prompt
-};
-
-static enum status invalid(struct builder *b, const char *param, const char *text) {
+enum status builder_invalid(struct builder *b, const char *param, const char *text) {
     return error_set_param(b->err, STATUS_INVALID, param, "%s", text);
 }
 
 // ------------------------------------------------------------------ sampling
 
+// What asks for nothing beyond what is done anyway.
+static bool asks_nothing(const char *name, const json_t *value) {
+    const char *text = json_string_value(strcmp(name, "response_format") == 0
+                                             ? json_object_get(value, "type") : value);
+    return !value || json_is_null(value) || json_is_false(value) ||
+           (json_is_array(value) && json_array_size(value) == 0) ||
+           (text && strcmp(name, "tool_choice") == 0 && strcmp(text, "none") == 0) ||
+           (text && strcmp(name, "response_format") == 0 && strcmp(text, "text") == 0);
+}
+
 static enum status refuse_unsupported(struct builder *b) {
     static const char *const refused[] = {"suffix", "tools", "tool_choice", "functions",
                                           "response_format", "guided_json", "guided_regex",
-                                          "structured_outputs", "use_beam_search", "messages"};
+                                          "structured_outputs", "use_beam_search", "documents",
+                                          "chat_template"};
+    const char *other = b->completion->chat ? "prompt" : "messages";
+    if (json_object_get(b->root, other))
+        return error_set_param(b->err, STATUS_UNSUPPORTED, other,
+                               "%s belongs to the other completions endpoint", other);
+    if (b->completion->chat && !asks_nothing("echo", json_object_get(b->root, "echo")))
+        return error_set_param(b->err, STATUS_UNSUPPORTED, "echo", "a chat has no echo");
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
-        const json_t *value = json_object_get(b->root, refused[i]);
-        if (value && !json_is_null(value) && !json_is_false(value))
+        if (!asks_nothing(refused[i], json_object_get(b->root, refused[i])))
             return error_set_param(b->err, STATUS_UNSUPPORTED, refused[i],
                                    "%s is not supported by this endpoint", refused[i]);
     }
@@ -73,7 +83,7 @@ static enum status read_integers(struct builder *b) {
     } rows[] = {{"max_tokens", echo ? 0 : 1, context, &max_tokens},
                 {"min_tokens", 0, context, &min_tokens},
                 {"top_k", -1, vocabulary, &top_k},
-                {"logprobs", 0, LOGPROBS_MAX, &logprobs},
+                {b->completion->chat ? "" : "logprobs", 0, LOGPROBS_MAX, &logprobs},
                 {"n", 1, CHOICES_MAX, &n},
                 {"best_of", 1, CHOICES_MAX, &best_of},
                 {"priority", -1000000, 1000000, &priority},
@@ -85,9 +95,9 @@ static enum status read_integers(struct builder *b) {
         if (status) return status;
     }
     if (best_of && best_of != n)
-        return invalid(b, "best_of", "best_of must equal n: choosing among more is not supported");
-    if (min_tokens > max_tokens)
-        return invalid(b, "min_tokens", "min_tokens must not be larger than max_tokens");
+        return builder_invalid(b, "best_of", "best_of must equal n: choosing among more is not supported");
+    if (min_tokens > max_tokens && !b->completion->chat)
+        return builder_invalid(b, "min_tokens", "min_tokens must not be larger than max_tokens");
     s->max_tokens = (int)max_tokens;
     s->min_tokens = (int)min_tokens;
     s->top_k = top_k < 0 ? 0 : (int)top_k;
@@ -95,6 +105,8 @@ static enum status read_integers(struct builder *b) {
     b->completion->n = (int)n;
     b->pattern->priority = (int)priority;
     s->seed = (uint64_t)seed;
+    if (b->completion->chat && !json_is_integer(json_object_get(b->root, "max_tokens")))
+        s->max_tokens = 0; // as many as there is room for, once the prompt is known
     s->seeded = json_is_integer(json_object_get(b->root, "seed"));
     if (deadline_ms) b->pattern->deadline_s = clock_seconds() + (double)deadline_ms / 1000;
     return STATUS_OK;
@@ -117,9 +129,9 @@ static enum status read_flags(struct builder *b) {
     const json_t *options = json_object_get(b->root, "stream_options");
     if (status || !options || json_is_null(options)) return status;
     if (!json_is_object(options))
-        return invalid(b, "stream_options", "stream_options must be an object");
+        return builder_invalid(b, "stream_options", "stream_options must be an object");
     if (!c->stream)
-        return invalid(b, "stream_options", "stream_options needs \"stream\": true");
+        return builder_invalid(b, "stream_options", "stream_options needs \"stream\": true");
     status = param_bool(options, "include_usage", &c->include_usage, b->err);
     if (!status)
         status = param_bool(options, "continuous_usage_stats", &c->continuous_usage, b->err);
@@ -132,25 +144,25 @@ static enum status read_stops(struct builder *b) {
     struct request *p = b->pattern;
     json_t *stop = json_object_get(b->root, "stop"), *one;
     if (stop && !json_is_null(stop) && !json_is_string(stop) && !json_is_array(stop))
-        return invalid(b, "stop", form);
+        return builder_invalid(b, "stop", form);
     size_t count = json_is_string(stop) ? 1 : json_array_size(stop);
-    if (count > STOP_STRINGS_MAX) return invalid(b, "stop", form);
+    if (count > STOP_STRINGS_MAX) return builder_invalid(b, "stop", form);
     for (size_t i = 0; i < count; i++) {
         one = json_is_string(stop) ? stop : json_array_get(stop, i);
         size_t bytes = json_string_length(one);
         if (!json_is_string(one) || bytes == 0 || bytes > STOP_BYTES_MAX)
-            return invalid(b, "stop", form);
+            return builder_invalid(b, "stop", form);
         p->stop[p->stop_count++] = mem_strdup(json_string_value(one));
     }
     json_t *ids = json_object_get(b->root, "stop_token_ids");
     if (!ids || json_is_null(ids)) return STATUS_OK;
     if (!json_is_array(ids) || json_array_size(ids) > STOP_IDS_MAX)
-        return invalid(b, "stop_token_ids", "stop_token_ids must be a list of up to 16 ids");
+        return builder_invalid(b, "stop_token_ids", "stop_token_ids must be a list of up to 16 ids");
     for (size_t i = 0; i < json_array_size(ids); i++) {
         const json_t *id = json_array_get(ids, i);
         if (!json_is_integer(id) || json_integer_value(id) < 0 ||
             json_integer_value(id) >= b->completion->api->setup.config->vocabulary)
-            return invalid(b, "stop_token_ids", "stop_token_ids must hold ids of the vocabulary");
+            return builder_invalid(b, "stop_token_ids", "stop_token_ids must hold ids of the vocabulary");
         p->stop_ids[p->stop_id_count++] = (int32_t)json_integer_value(id);
     }
     return STATUS_OK;
@@ -160,7 +172,7 @@ static enum status read_bias(struct builder *b) {
     json_t *bias = json_object_get(b->root, "logit_bias"), *value;
     if (!bias || json_is_null(bias)) return STATUS_OK;
     if (!json_is_object(bias) || json_object_size(bias) > LOGIT_BIAS_MAX)
-        return invalid(b, "logit_bias", "logit_bias must be an object of up to 1024 token ids");
+        return builder_invalid(b, "logit_bias", "logit_bias must be an object of up to 1024 token ids");
     struct sampling *s = &b->pattern->sampling;
     int32_t *ids = mem_zalloc(json_object_size(bias) + 1, sizeof *ids);
     float *values = mem_zalloc(json_object_size(bias) + 1, sizeof *values);
@@ -172,9 +184,9 @@ static enum status read_bias(struct builder *b) {
         long id = strtol(key, &end, 10);
         double number = json_number_value(value);
         if (end == key || *end || id < 0 || id >= b->completion->api->setup.config->vocabulary)
-            return invalid(b, "logit_bias", "logit_bias keys must be ids of the vocabulary");
+            return builder_invalid(b, "logit_bias", "logit_bias keys must be ids of the vocabulary");
         if (!json_is_number(value) || !(number >= -100 && number <= 100))
-            return invalid(b, "logit_bias", "logit_bias values must be numbers from -100 to 100");
+            return builder_invalid(b, "logit_bias", "logit_bias values must be numbers from -100 to 100");
         ids[s->bias_count] = (int32_t)id;
         values[s->bias_count++] = (float)number;
     }
@@ -187,7 +199,7 @@ static enum status add_adapter(struct builder *b, const char *name, float weight
                                const char *param) {
     struct request *p = b->pattern;
     if (p->adapter_count == REQUEST_ADAPTERS_MAX)
-        return invalid(b, param, "a request may mix up to 4 adapters");
+        return builder_invalid(b, param, "a request may mix up to 4 adapters");
     struct adapter *adapter = registry_find(b->completion->api->setup.registry, name);
     if (!adapter)
         return error_set_param(b->err, STATUS_NOT_FOUND, param,
@@ -212,15 +224,15 @@ static enum status read_model(struct builder *b) {
     if (!status) status = param_string(b->root, "adapter_id", 1024, &adapter, b->err);
     if (status) return status;
     if (!model && !adapter)
-        return invalid(b, "model", "model must name the base model or an adapter");
+        return builder_invalid(b, "model", "model must name the base model or an adapter");
     const char *shown = adapter ? adapter : model;
     snprintf(b->completion->model, sizeof b->completion->model, "%.150s", shown);
     if (adapter && model && strcmp(model, base) != 0 && strcmp(model, adapter) != 0)
-        return invalid(b, "adapter_id", "model and adapter_id name different adapters");
+        return builder_invalid(b, "adapter_id", "model and adapter_id name different adapters");
     if (strcmp(shown, base) != 0 && (status = add_adapter(b, shown, 1, "model"))) return status;
     json_t *mix = json_object_get(b->root, "lora"), *one;
     if (!mix || json_is_null(mix)) return STATUS_OK;
-    if (!json_is_array(mix)) return invalid(b, "lora", "lora must be a list of {id, weight}");
+    if (!json_is_array(mix)) return builder_invalid(b, "lora", "lora must be a list of {id, weight}");
     size_t i;
     json_array_foreach(mix, i, one) {
         const char *id = NULL;
@@ -228,7 +240,7 @@ static enum status read_model(struct builder *b) {
         if ((status = param_string(one, "id", 1024, &id, b->err)) ||
             (status = param_number(one, "weight", -16, 16, &weight, b->err)))
             return status;
-        if (!id) return invalid(b, "lora", "lora must be a list of {id, weight}");
+        if (!id) return builder_invalid(b, "lora", "lora must be a list of {id, weight}");
         if ((status = add_adapter(b, id, (float)weight, "lora"))) return status;
     }
     return STATUS_OK;
@@ -267,9 +279,9 @@ static struct request *request_copy(const struct request *pattern) {
 static enum status encode_text(struct builder *b, const json_t *text, struct token_list *list) {
     const struct tokenizer *tokenizer = b->completion->api->setup.tokenizer;
     if (!tokenizer)
-        return invalid(b, "prompt", "this model has no tokenizer: send the prompt as token ids");
+        return builder_invalid(b, "prompt", "this model has no tokenizer: send the prompt as token ids");
     if (json_string_length(text) > TEXT_MAX)
-        return invalid(b, "prompt", "prompt is larger than 8 MiB");
+        return builder_invalid(b, "prompt", "prompt is larger than 8 MiB");
     enum status status = tokenizer_encode(tokenizer, json_string_value(text),
                                           json_string_length(text), true, false, list, b->err);
     return status ? error_set_param(b->err, STATUS_INVALID, "prompt", "%s", b->err->text) : status;
@@ -292,36 +304,41 @@ static enum status read_ids(struct builder *b, const json_t *array, struct token
     return STATUS_OK;
 }
 
-// Adds n choices for one prompt (a string or a list of ids).
-static enum status add_prompt(struct builder *b, const json_t *prompt) {
+enum status builder_add_choices(struct builder *b, const struct token_list *prompt,
+                                const char *text) {
     struct completion *c = b->completion;
     const struct tokenizer *tokenizer = c->api->setup.tokenizer;
-    struct token_list list = {0};
-    enum status status = json_is_string(prompt) ? encode_text(b, prompt, &list)
-                                                : read_ids(b, prompt, &list);
-    if (status) return status;
-    if (list.count == 0 || (json_is_string(prompt) && json_string_length(prompt) == 0))
-        status = invalid(b, "prompt", "prompt is empty");
-    else if (list.count > (size_t)c->api->setup.context_max)
-        status = error_set_param(b->err, STATUS_INVALID, "prompt",
-                                 "the prompt has %zu tokens; this model's context is %d",
-                                 list.count, c->api->setup.context_max);
-    for (int i = 0; i < c->n && !status; i++) {
+    if (prompt->count > (size_t)c->api->setup.context_max)
+        return error_set_param(b->err, STATUS_INVALID, c->chat ? "messages" : "prompt",
+                               "the prompt has %zu tokens; this model's context is %d",
+                               prompt->count, c->api->setup.context_max);
+    for (int i = 0; i < c->n; i++) {
         struct choice *choice = &c->choices[c->choice_count];
         struct request *r = choice->request = request_copy(b->pattern);
         r->owner = c;
         r->choice = c->choice_count++;
         snprintf(r->id, sizeof r->id, "%.63s", c->id);
-        r->prompt = mem_alloc(list.count * sizeof *r->prompt);
-        memcpy(r->prompt, list.ids, list.count * sizeof *r->prompt);
-        r->prompt_count = (int)list.count;
+        r->prompt = mem_alloc(prompt->count * sizeof *r->prompt);
+        memcpy(r->prompt, prompt->ids, prompt->count * sizeof *r->prompt);
+        r->prompt_count = (int)prompt->count;
         r->echo_logprobs = c->echo && c->logprobs >= 0;
-        if (c->echo && json_is_string(prompt))
-            choice->prompt_text = mem_strdup(json_string_value(prompt));
+        if (c->echo && text) choice->prompt_text = mem_strdup(text);
         else if (c->echo && tokenizer)
-            choice->prompt_text = tokenizer_decode(tokenizer, list.ids, list.count, false,
+            choice->prompt_text = tokenizer_decode(tokenizer, prompt->ids, prompt->count, false,
                                                    &(size_t){0});
     }
+    return STATUS_OK;
+}
+
+// Adds n choices for one prompt (a string or a list of ids).
+static enum status add_prompt(struct builder *b, const json_t *prompt) {
+    struct token_list list = {0};
+    enum status status = json_is_string(prompt) ? encode_text(b, prompt, &list)
+                                                : read_ids(b, prompt, &list);
+    if (status) return status;
+    if (list.count == 0 || (json_is_string(prompt) && json_string_length(prompt) == 0))
+        status = builder_invalid(b, "prompt", "prompt is empty");
+    else status = builder_add_choices(b, &list, json_string_value(prompt));
     free(list.ids);
     return status;
 }
@@ -333,16 +350,16 @@ static enum status read_prompts(struct builder *b) {
     json_t *prompt = json_object_get(b->root, "prompt");
     json_t *first = json_array_get(prompt, 0);
     bool many = json_is_array(prompt) && (json_is_string(first) || json_is_array(first));
-    if (!json_is_string(prompt) && !json_is_array(prompt)) return invalid(b, "prompt", form);
+    if (!json_is_string(prompt) && !json_is_array(prompt)) return builder_invalid(b, "prompt", form);
     size_t count = many ? json_array_size(prompt) : 1;
     if (count * (size_t)c->n > CHOICES_MAX)
-        return invalid(b, "n", "prompts times n must be at most 128");
+        return builder_invalid(b, "n", "prompts times n must be at most 128");
     c->choices = mem_zalloc(count * (size_t)c->n, sizeof *c->choices);
     for (size_t i = 0; i < count; i++) {
         const json_t *one = many ? json_array_get(prompt, i) : prompt;
-        if (!json_is_string(one) && !json_is_array(one)) return invalid(b, "prompt", form);
+        if (!json_is_string(one) && !json_is_array(one)) return builder_invalid(b, "prompt", form);
         if (many && json_is_string(one) != json_is_string(first))
-            return invalid(b, "prompt", form);
+            return builder_invalid(b, "prompt", form);
         enum status status = add_prompt(b, one);
         if (status) return status;
     }
@@ -356,7 +373,8 @@ static enum status build(struct builder *b) {
     const char *user = NULL, *request_id = NULL;
     enum status status;
     if ((status = refuse_unsupported(b)) || (status = read_flags(b)) ||
-        (status = read_numbers(b)) || (status = read_integers(b)) || (status = read_stops(b)) ||
+        (status = read_numbers(b)) || (status = read_integers(b)) ||
+        (c->chat && (status = chat_read_numbers(b))) || (status = read_stops(b)) ||
         (status = read_bias(b)) || (status = param_string(b->root, "user", 512, &user, b->err)) ||
         (status = param_string(b->root, "request_id", 64, &request_id, b->err)) ||
         (status = read_salt(b)) || (status = read_model(b)))
@@ -364,8 +382,9 @@ static enum status build(struct builder *b) {
     // Keys cannot be made up, users can: with keys, the key is the tenant.
     if (c->key > 0) snprintf(b->pattern->tenant, sizeof b->pattern->tenant, "key-%d", c->key);
     else if (user) snprintf(b->pattern->tenant, sizeof b->pattern->tenant, "%.63s", user);
-    if (request_id) snprintf(c->id, sizeof c->id, "cmpl-%.64s", request_id);
-    return read_prompts(b);
+    if (request_id)
+        snprintf(c->id, sizeof c->id, "%s-%.64s", c->chat ? "chatcmpl" : "cmpl", request_id);
+    return c->chat ? chat_read_messages(b) : read_prompts(b);
 }
 
 // Pool thread.
@@ -398,10 +417,8 @@ static void completion_submit(struct offload *offload) {
     completion_destroy(c);
 }
 
-void handle_completions(struct connection *connection, const struct http_request *r,
-                        const char *tail) {
+static void handle(struct connection *connection, const struct http_request *r, bool chat) {
     struct api *api = connection->api;
-    (void)tail;
     if (api->draining) {
         respond_refusal(connection, 503, NULL, NULL, "the server is shutting down");
         return;
@@ -413,15 +430,28 @@ void handle_completions(struct connection *connection, const struct http_request
     struct completion *c = mem_zalloc(1, sizeof *c);
     c->api = api;
     c->connection = connection;
+    c->chat = chat;
     c->created = (int64_t)time(NULL);
     c->key = keys_find(api->api_keys, r->authorization);
     c->body = mem_strndup(r->body, r->body_bytes);
     c->body_bytes = r->body_bytes;
-    snprintf(c->id, sizeof c->id, "cmpl-%llx%06llx", (unsigned long long)api->created,
-             (unsigned long long)++api->ids);
+    snprintf(c->id, sizeof c->id, "%s-%llx%06llx", chat ? "chatcmpl" : "cmpl",
+             (unsigned long long)api->created, (unsigned long long)++api->ids);
     c->offload.work = completion_work;
     c->offload.done = completion_submit;
     connection->exchange = c;
     connection->gone = completion_gone;
     offload_start(api, &c->offload);
+}
+
+void handle_completions(struct connection *connection, const struct http_request *r,
+                        const char *tail) {
+    (void)tail;
+    handle(connection, r, false);
+}
+
+void handle_chat_completions(struct connection *connection, const struct http_request *r,
+                             const char *tail) {
+    (void)tail;
+    handle(connection, r, true);
 }

@@ -1,4 +1,4 @@
-// POST /v1/completions, the way out: engine events -> SSE chunks, or one JSON answer at the end.
+// POST /v1/completions and /v1/chat/completions, the way out: engine events -> SSE chunks, or one JSON answer at the end.
 // Loop thread. A failed choice fails the whole answer: the others are cancelled, and the client
 // gets one error (before the first byte an HTTP status, afterwards one SSE error event).
 #include "api/completions_internal.h"
@@ -10,8 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-// Text that jansson takes: the tokenizer gives valid UTF-8, a stop string from a client may not be.
-static json_t *text_json(const char *text, size_t bytes) {
+json_t *completion_text_json(const char *text, size_t bytes) {
     json_t *json = json_stringn(text ? text : "", text ? bytes : 0);
     return json ? json : json_string("\xef\xbf\xbd");
 }
@@ -28,11 +27,11 @@ static void append_text(struct choice *choice, const char *text, size_t bytes) {
 // ------------------------------------------------------------------ log-probabilities
 
 // JSON has no infinity; OpenAI's servers write -9999 for a token that could not come.
-static json_t *logprob_json(float logprob) {
+json_t *completion_logprob_json(float logprob) {
     return json_real(isfinite(logprob) ? (double)logprob : -9999.0);
 }
 
-static char *token_text(const struct completion *c, int32_t id, size_t *bytes) {
+char *completion_token_text(const struct completion *c, int32_t id, size_t *bytes) {
     if (c->api->setup.tokenizer) return tokenizer_token_text(c->api->setup.tokenizer, id, bytes);
     char text[16];
     *bytes = (size_t)snprintf(text, sizeof text, "%d", id);
@@ -55,19 +54,19 @@ static void add_logprobs(const struct completion *c, struct choice *choice, int3
         choice->text_offset = json_array();
     }
     size_t bytes;
-    char *text = token_text(c, token, &bytes);
-    json_array_append_new(choice->tokens, text_json(text, bytes));
+    char *text = completion_token_text(c, token, &bytes);
+    json_array_append_new(choice->tokens, completion_text_json(text, bytes));
     json_array_append_new(choice->text_offset, json_integer((json_int_t)choice->offset));
     choice->offset += characters(text, bytes);
-    json_array_append_new(choice->token_logprobs, event ? logprob_json(event->logprob)
+    json_array_append_new(choice->token_logprobs, event ? completion_logprob_json(event->logprob)
                                                         : json_null());
     json_t *top = event ? json_object() : json_null();
     for (int i = 0; event && i < event->top_count && i < c->logprobs; i++) {
         size_t other_bytes;
-        char *other = token_text(c, event->top[i].id, &other_bytes);
-        json_t *name = text_json(other, other_bytes); // two ids may show the same: best first
+        char *other = completion_token_text(c, event->top[i].id, &other_bytes);
+        json_t *name = completion_text_json(other, other_bytes); // two ids may show the same: best first
         if (!json_object_get(top, json_string_value(name)))
-            json_object_set_new(top, json_string_value(name), logprob_json(event->top[i].logprob));
+            json_object_set_new(top, json_string_value(name), completion_logprob_json(event->top[i].logprob));
         json_decref(name);
         free(other);
     }
@@ -75,7 +74,8 @@ static void add_logprobs(const struct completion *c, struct choice *choice, int3
     free(text);
 }
 
-static json_t *take_logprobs(struct choice *choice) {
+static json_t *take_logprobs(const struct completion *c, struct choice *choice) {
+    if (c->chat) return chat_take_logprobs(choice);
     if (!choice->tokens) return json_null();
     json_t *json = json_pack("{s:o,s:o,s:o,s:o}", "text_offset", choice->text_offset,
                              "token_logprobs", choice->token_logprobs, "tokens", choice->tokens,
@@ -106,8 +106,10 @@ static json_t *finish_json(enum finish_reason finish) {
 
 static json_t *choice_json(const struct completion *c, struct choice *choice, int index,
                            json_t *text) {
-    json_t *json = json_pack("{s:i,s:o,s:o,s:o}", "index", index, "text", text, "logprobs",
-                             take_logprobs(choice), "finish_reason", finish_json(choice->finish));
+    const char *name = !c->chat ? "text" : c->stream ? "delta" : "message";
+    json_t *json = json_pack("{s:i,s:o,s:o,s:o}", "index", index, name, text, "logprobs",
+                             take_logprobs(c, choice), "finish_reason",
+                             finish_json(choice->finish));
     if (c->return_token_ids) {
         json_object_set_new(json, "token_ids",
                             choice->token_ids ? choice->token_ids : json_array());
@@ -117,12 +119,16 @@ static json_t *choice_json(const struct completion *c, struct choice *choice, in
 }
 
 static json_t *envelope(const struct completion *c, json_t *choices) {
-    return json_pack("{s:s,s:s,s:I,s:s,s:o}", "id", c->id, "object", "text_completion", "created",
+    const char *object = !c->chat ? "text_completion"
+                                  : c->stream ? "chat.completion.chunk" : "chat.completion";
+    return json_pack("{s:s,s:s,s:I,s:s,s:o}", "id", c->id, "object", object, "created",
                      (json_int_t)c->created, "model", c->model, "choices", choices);
 }
 
 static void send_chunk(struct completion *c, struct choice *choice, int index) {
-    json_t *text = text_json(choice->text, choice->text_bytes);
+    json_t *text = completion_text_json(choice->text, choice->text_bytes);
+    if (c->chat) text = chat_delta_json(text, !choice->sent);
+    choice->sent = true;
     choice->text_bytes = 0;
     json_t *chunk = envelope(c, json_pack("[o]", choice_json(c, choice, index, text)));
     if (c->continuous_usage) json_object_set_new(chunk, "usage", usage_json(c));
@@ -134,7 +140,8 @@ static void answer_whole(struct completion *c) {
     json_t *choices = json_array();
     for (int i = 0; i < c->choice_count; i++) {
         struct choice *choice = &c->choices[i];
-        json_t *text = text_json(choice->text, choice->text_bytes);
+        json_t *text = completion_text_json(choice->text, choice->text_bytes);
+        if (c->chat) text = chat_message_json(text);
         json_array_append_new(choices, choice_json(c, choice, i, text));
     }
     json_t *answer = envelope(c, choices);
@@ -199,7 +206,8 @@ static void take_event(struct completion *c, struct choice *choice, struct engin
     choice->completion_tokens = event->completion_tokens;
     choice->cached_tokens = event->cached_tokens;
     if (event->token >= 0) {
-        if (c->logprobs >= 0) add_logprobs(c, choice, event->token, event);
+        if (c->logprobs >= 0 && c->chat) chat_add_logprobs(c, choice, event);
+        else if (c->logprobs >= 0) add_logprobs(c, choice, event->token, event);
         if (c->return_token_ids && !event->prompt_token) {
             if (!choice->token_ids) choice->token_ids = json_array();
             json_array_append_new(choice->token_ids, json_integer(event->token));
@@ -247,6 +255,7 @@ void completion_destroy(struct completion *c) {
         json_decref(choice->top_logprobs);
         json_decref(choice->text_offset);
         json_decref(choice->token_ids);
+        json_decref(choice->content_logprobs);
     }
     free(c->choices);
     free(c->body);

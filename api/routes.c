@@ -13,6 +13,7 @@ static const struct route {
     void (*handle)(struct connection *c, const struct http_request *r, const char *tail);
 } routes[] = {
     {"POST", "/v1/completions", false, ACCESS_USER, handle_completions},
+    {"POST", "/v1/chat/completions", false, ACCESS_USER, handle_chat_completions},
     {"GET", "/v1/models", false, ACCESS_USER, handle_models},
     {"GET", "/v1/models/", true, ACCESS_USER, handle_models},
     {"POST", "/v1/load_lora_adapter", false, ACCESS_ADMIN, handle_load_adapter},

@@ -31,9 +31,11 @@ const char *status_text(enum status status) {
 static enum status error_fill(struct error *err, enum status status, const char *param,
                               const char *format, va_list arguments) {
     if (!err) return status;
+    char text[sizeof err->text]; // the arguments may be err's own text
+    vsnprintf(text, sizeof text, format, arguments);
     err->status = status;
     snprintf(err->param, sizeof err->param, "%s", param);
-    vsnprintf(err->text, sizeof err->text, format, arguments);
+    memcpy(err->text, text, sizeof text);
     utf8_replace_invalid(err->text);
     return status;
 }

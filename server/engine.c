@@ -264,6 +264,25 @@ bool engine_healthy(const struct engine *engine) {
     return !atomic_load(&engine->failed);
 }
 
+// Pages that its adapters take, each once.
+static long long adapter_pages(const struct request *request) {
+    long long pages = 0;
+    for (int i = 0; i < request->adapter_count; i++) {
+        bool counted = false;
+        for (int j = 0; j < i; j++) counted |= request->adapters[j] == request->adapters[i];
+        if (!counted) pages += request->adapters[i]->page_count;
+    }
+    return pages;
+}
+
+int engine_output_room(const struct engine *engine, const struct request *request) {
+    long long context = engine->options.context_max;
+    long long pages = engine->geometry.pool_pages - adapter_pages(request);
+    long long tokens = pages * PAGE_TOKENS + 1; // the last one needs no page
+    long long room = (tokens < context ? tokens : context) - request->prompt_count;
+    return room > 1 ? (int)room : 1;
+}
+
 static enum status check_size(const struct engine *engine, const struct request *request,
                               struct error *err) {
     long long longest = (long long)request->prompt_count + request->sampling.max_tokens;
@@ -271,12 +290,7 @@ static enum status check_size(const struct engine *engine, const struct request 
         return error_set(err, STATUS_TOO_LARGE, "%d prompt tokens and max_tokens %d are more than "
                          "the context of %d tokens", request->prompt_count,
                          request->sampling.max_tokens, engine->options.context_max);
-    long long pages = sequence_pages_max(request);
-    for (int i = 0; i < request->adapter_count; i++) {
-        bool counted = false;
-        for (int j = 0; j < i; j++) counted |= request->adapters[j] == request->adapters[i];
-        if (!counted) pages += request->adapters[i]->page_count;
-    }
+    long long pages = sequence_pages_max(request) + adapter_pages(request);
     if (pages > engine->geometry.pool_pages)
         return error_set(err, STATUS_TOO_LARGE, "%d prompt tokens, max_tokens %d and the adapters "
                          "need %lld pages of memory; there are %d", request->prompt_count,

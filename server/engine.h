@@ -85,6 +85,9 @@ void engine_destroy(struct engine *engine);
 
 const struct lora_geometry *engine_lora_geometry(const struct engine *engine);
 
+// The most output tokens with which engine_submit takes the request, at least 1. Any thread.
+int engine_output_room(const struct engine *engine, const struct request *request);
+
 // All or none of `count`; on STATUS_OK the engine has them until their terminal event has been
 // polled, then they are the caller's again. STATUS_FULL, STATUS_SHUTDOWN, STATUS_DEVICE,
 // STATUS_INVALID (a token outside the vocabulary), STATUS_TOO_LARGE (prompt + max_tokens can never

@@ -8,6 +8,7 @@
 #include "server/options.h"
 #include "server/registry.h"
 #include "server/store.h"
+#include "server/text/chat_template.h"
 
 #include <dirent.h>
 #include <limits.h>
@@ -29,6 +30,7 @@ struct program {
     struct backend *backend;
     struct model *model;
     struct tokenizer *tokenizer;
+    struct chat_template *chat_template; // NULL: the model has none
     struct registry *registry;
     struct store *store;
     struct metrics *metrics;
@@ -132,7 +134,12 @@ static enum status load_model(struct program *p, struct error *err) {
         log_event(LOG_INFO, "no_tokenizer", "prompts must be token ids");
         return STATUS_OK;
     }
-    return status ? error_prefix(err, "%.200s", o->model) : status;
+    if (status) return error_prefix(err, "%.200s", o->model);
+    // Without one, or with one that is not understood, there are completions still.
+    struct error own = {0};
+    status = chat_template_load(o->model, &p->chat_template, &own);
+    if (status) log_event(status == STATUS_NOT_FOUND ? LOG_INFO : LOG_WARN, "no_chats", "%s", own.text);
+    return STATUS_OK;
 }
 
 // What a device has left once the model is there, but for a tenth that steps' scratch may take; a
@@ -268,6 +275,7 @@ static enum status create(struct program *p, struct error *err) {
     struct api_setup setup = {.options = o,
                               .config = &p->config,
                               .tokenizer = p->tokenizer,
+                              .chat_template = p->chat_template,
                               .registry = p->registry,
                               .store = p->store,
                               .base_id = p->base_id,
@@ -287,6 +295,7 @@ static void destroy(struct program *p) {
     store_close(p->store);
     model_destroy(p->model);
     p->ops->close(p->backend);
+    chat_template_destroy(p->chat_template);
     tokenizer_destroy(p->tokenizer);
     free(p->metrics);
     free(p->base_id);

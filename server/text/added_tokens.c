@@ -3,8 +3,8 @@
 // length a position, whatever the text. Built at load, then read-only; any thread.
 //
 // Some are looked for in the text as it came, the others in its normal form (with their own text
-// normalized likewise); hence two tries. With parse_special false a special token's text is passed
-// over and stays plain text.
+// normalized likewise); hence two tries. Where special tokens are not parsed, or a guard stands before
+// one, its text is passed over and stays plain text.
 #include "server/text/text_internal.h"
 
 #include "base/memory.h"
@@ -193,7 +193,20 @@ static void widen(const struct added_token *token, const char *text, size_t byte
     }
 }
 
-void added_tokens_cut(const struct added_tokens *added, bool normalized, bool parse_special,
+static const char GUARD[] = "\xef\xb7\x90", REPLACEMENT[] = "\xef\xbf\xbd"; // U+FDD0, U+FFFD
+enum { GUARD_BYTES = sizeof GUARD - 1 };
+
+static bool is_guard(const char *text, size_t bytes) {
+    return bytes >= GUARD_BYTES && memcmp(text, GUARD, GUARD_BYTES) == 0;
+}
+
+static bool is_plain(enum special_text special, const char *text, size_t at) {
+    if (special == SPECIAL_UNLESS_GUARDED)
+        return at >= GUARD_BYTES && is_guard(text + at - GUARD_BYTES, GUARD_BYTES);
+    return special == SPECIAL_PLAIN;
+}
+
+void added_tokens_cut(const struct added_tokens *added, bool normalized, enum special_text special,
                       const char *text, size_t bytes, size_t base, bool first,
                       struct span_list *out) {
     const struct trie *trie = normalized ? &added->normal : &added->raw;
@@ -207,7 +220,7 @@ void added_tokens_cut(const struct added_tokens *added, bool normalized, bool pa
         const struct added_token *token = &added->tokens[index];
         size_t start = at, end = at + length;
         at = end;
-        if (token->special && !parse_special) continue;
+        if (token->special && is_plain(special, text, start)) continue;
         if (token->single_word && !stands_alone(text, bytes, start, end)) continue;
         widen(token, text, bytes, done, &start, &end);
         if (done < start)
@@ -217,4 +230,46 @@ void added_tokens_cut(const struct added_tokens *added, bool normalized, bool pa
     }
     if (done < bytes)
         span_append(out, (struct span){base + done, bytes - done, -1, first && done == 0});
+}
+
+// ---- guards -----------------------------------------------------------------------------------
+
+static bool is_special(const struct added_tokens *added, const char *text, size_t bytes) {
+    size_t length;
+    int32_t raw = trie_match(&added->raw, text, bytes, &length);
+    int32_t normal = trie_match(&added->normal, text, bytes, &length);
+    return (raw >= 0 && added->tokens[raw].special) ||
+           (normal >= 0 && added->tokens[normal].special);
+}
+
+void added_tokens_guard(const struct added_tokens *added, const char *text, size_t bytes,
+                        struct text_buffer *to) {
+    for (size_t at = 0; at < bytes;) {
+        if (is_guard(text + at, bytes - at)) {
+            text_append(to, REPLACEMENT, sizeof REPLACEMENT - 1);
+            at += GUARD_BYTES;
+            continue;
+        }
+        if (is_special(added, text + at, bytes - at)) text_append(to, GUARD, GUARD_BYTES);
+        text_append(to, text + at++, 1);
+    }
+}
+
+void added_tokens_unguard(struct encoding *encoding) {
+    struct text_buffer clean = {0};
+    size_t kept = 0;
+    for (size_t i = 0; i < encoding->spans.count; i++) {
+        struct span span = encoding->spans.items[i];
+        size_t start = clean.bytes, end = span.start + span.bytes;
+        for (size_t at = span.start; span.id < 0 && at < end;) {
+            if (is_guard(encoding->text.data + at, end - at)) at += GUARD_BYTES;
+            else text_append(&clean, encoding->text.data + at++, 1);
+        }
+        if (span.id < 0 && clean.bytes == start) continue; // a guard alone
+        if (span.id < 0) span.start = start, span.bytes = clean.bytes - start;
+        encoding->spans.items[kept++] = span;
+    }
+    encoding->spans.count = kept;
+    free(encoding->text.data);
+    encoding->text = clean;
 }

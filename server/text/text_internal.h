@@ -187,8 +187,11 @@ void normalizer_destroy(struct normalizer *normalizer); // NULL is allowed
 
 // ---- one encoding -----------------------------------------------------------------------------
 // All scratch memory of a call to tokenizer_encode.
+// Whose text becomes a special token.
+enum special_text { SPECIAL_PLAIN, SPECIAL_PARSED, SPECIAL_UNLESS_GUARDED };
+
 struct encoding {
-    bool parse_special;
+    enum special_text special;
     struct text_buffer text, spare; // `spans` point into `text`; steps write to `spare`, then swap
     struct span_list spans, spare_spans;
     struct text_buffer normal, normal_spare;
@@ -222,9 +225,14 @@ MUST_CHECK enum status added_tokens_load(const json_t *json, const struct normal
 void added_tokens_destroy(struct added_tokens *added); // NULL is allowed
 // Cuts text into added tokens and plain spans, appended to `out` with `base` added to their start.
 // normalized: text is in normal form, and only tokens that are matched there take part.
-void added_tokens_cut(const struct added_tokens *added, bool normalized, bool parse_special,
+void added_tokens_cut(const struct added_tokens *added, bool normalized, enum special_text special,
                       const char *text, size_t bytes, size_t base, bool first,
                       struct span_list *out);
+// text with a guard before each text of a special token.
+void added_tokens_guard(const struct added_tokens *added, const char *text, size_t bytes,
+                        struct text_buffer *to);
+// Takes the guards out of encoding->text and its spans.
+void added_tokens_unguard(struct encoding *encoding);
 
 // ---- post-processing (postprocess.c) ----------------------------------------------------------
 struct post_template {

@@ -106,7 +106,7 @@ void encoding_deinit(struct encoding *encoding) {
 static enum status find_added(const struct tokenizer *tokenizer, struct encoding *encoding,
                               const char *text, size_t bytes, struct error *err) {
     struct span_list raw = {0};
-    added_tokens_cut(tokenizer->added, false, encoding->parse_special, text, bytes, 0, true, &raw);
+    added_tokens_cut(tokenizer->added, false, encoding->special, text, bytes, 0, true, &raw);
     enum status status = STATUS_OK;
     for (size_t i = 0; i < raw.count && status == STATUS_OK; i++) {
         struct span span = raw.items[i];
@@ -120,7 +120,7 @@ static enum status find_added(const struct tokenizer *tokenizer, struct encoding
         if (status) break;
         size_t base = encoding->text.bytes;
         text_append(&encoding->text, encoding->normal.data, encoding->normal.bytes);
-        added_tokens_cut(tokenizer->added, true, encoding->parse_special,
+        added_tokens_cut(tokenizer->added, true, encoding->special,
                          encoding->normal.data, encoding->normal.bytes, base,
                          span.first && kept_start, &encoding->spans);
     }
@@ -135,6 +135,7 @@ static void append_all(struct id_list *to, const struct id_list *from) {
 static enum status encode(const struct tokenizer *tokenizer, struct encoding *encoding,
                           const char *text, size_t bytes, bool add_special, struct error *err) {
     enum status status = find_added(tokenizer, encoding, text, bytes, err);
+    if (encoding->special == SPECIAL_UNLESS_GUARDED) added_tokens_unguard(encoding);
     if (status == STATUS_OK) status = pretokenizer_run(tokenizer->pretokenizer, encoding, err);
     if (status) return status;
     if (add_special) append_all(&encoding->ids, &tokenizer->post.before);
@@ -144,15 +145,15 @@ static enum status encode(const struct tokenizer *tokenizer, struct encoding *en
             id_append(&encoding->ids, span.id);
         else
             bpe_encode(&tokenizer->bpe, &encoding->bpe, encoding->text.data + span.start,
-                       span.bytes, !encoding->parse_special, &encoding->ids);
+                       span.bytes, encoding->special != SPECIAL_PARSED, &encoding->ids);
     }
     if (add_special) append_all(&encoding->ids, &tokenizer->post.after);
     return STATUS_OK;
 }
 
-enum status tokenizer_encode(const struct tokenizer *tokenizer, const char *text, size_t bytes,
-                             bool add_special, bool parse_special, struct token_list *out,
-                             struct error *err) {
+static enum status encode_checked(const struct tokenizer *tokenizer, const char *text, size_t bytes,
+                                  bool add_special, enum special_text special,
+                                  struct token_list *out, struct error *err) {
     *out = (struct token_list){0};
     if (bytes > TEXT_BYTES_MAX)
         return error_set(err, STATUS_TOO_LARGE, "a text of %zu bytes is above the limit of %d",
@@ -160,7 +161,7 @@ enum status tokenizer_encode(const struct tokenizer *tokenizer, const char *text
     size_t valid = utf8_valid_prefix(text, bytes);
     if (valid < bytes)
         return error_set(err, STATUS_INVALID, "the text is not valid UTF-8 at byte %zu", valid);
-    struct encoding encoding = {.parse_special = parse_special};
+    struct encoding encoding = {.special = special};
     enum status status = encode(tokenizer, &encoding, text, bytes, add_special, err);
     if (status == STATUS_OK) {
         *out = (struct token_list){encoding.ids.ids, encoding.ids.count};
@@ -168,6 +169,27 @@ enum status tokenizer_encode(const struct tokenizer *tokenizer, const char *text
     }
     encoding_deinit(&encoding);
     return status;
+}
+
+enum status tokenizer_encode(const struct tokenizer *tokenizer, const char *text, size_t bytes,
+                             bool add_special, bool parse_special, struct token_list *out,
+                             struct error *err) {
+    return encode_checked(tokenizer, text, bytes, add_special,
+                          parse_special ? SPECIAL_PARSED : SPECIAL_PLAIN, out, err);
+}
+
+enum status tokenizer_encode_guarded(const struct tokenizer *tokenizer, const char *text,
+                                     size_t bytes, struct token_list *out, struct error *err) {
+    return encode_checked(tokenizer, text, bytes, false, SPECIAL_UNLESS_GUARDED, out, err);
+}
+
+char *tokenizer_guard(const struct tokenizer *tokenizer, const char *text, size_t bytes,
+                      size_t *guarded_bytes) {
+    struct text_buffer guarded = {0};
+    added_tokens_guard(tokenizer->added, text, bytes, &guarded);
+    *guarded_bytes = guarded.bytes;
+    text_append(&guarded, "", 1);
+    return guarded.data;
 }
 
 // ---- lookups ----------------------------------------------------------------------------------

@@ -29,6 +29,15 @@ struct token_list {
 MUST_CHECK enum status tokenizer_encode(const struct tokenizer *tokenizer, const char *text,
                                         size_t bytes, bool add_special, bool parse_special,
                                         struct token_list *out, struct error *err);
+// Text that several have written, such as a chat's: special tokens in it are parsed but where
+// tokenizer_guard has been, which puts a guard (U+FDD0, a character that no text has) before each. Guards
+// leave no trace; one that was there before becomes U+FFFD. tokenizer_guard's text is malloc'd,
+// NUL-terminated.
+MUST_CHECK enum status tokenizer_encode_guarded(const struct tokenizer *tokenizer, const char *text,
+                                                size_t bytes, struct token_list *out,
+                                                struct error *err);
+char *tokenizer_guard(const struct tokenizer *tokenizer, const char *text, size_t bytes,
+                      size_t *guarded_bytes);
 // The whole text of ids; malloc'd, NUL-terminated.
 char *tokenizer_decode(const struct tokenizer *tokenizer, const int32_t *ids, size_t count,
                        bool skip_special, size_t *bytes);

@@ -40,6 +40,8 @@ static void test_error(void **state) {
     assert_string_equal(err.param, "top_p");
     assert_int_equal(error_prefix(&err, "x=%d", 1), STATUS_FULL);
     assert_string_equal(err.text, "x=1: too much");
+    (void)error_set_param(&err, STATUS_INVALID, "prompt", "so: %s", err.text); // its own text
+    assert_string_equal(err.text, "so: x=1: too much");
     assert_int_equal(error_set(NULL, STATUS_IO, "nobody reads this"), STATUS_IO);
     error_clear(&err);
     assert_int_equal(err.status, STATUS_OK);
