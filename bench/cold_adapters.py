@@ -4,9 +4,10 @@
     python3 bench/cold_adapters.py [--lorad build/lorad] [--out bench/results/cpu-10000-adapters.json]
 
 One run, on this machine: dummy weights of a 160M-parameter model in bf16, adapters on all seven
-projections of ranks 8, 16, 32 and 64. One server has 5 adapters; the other 10,000: 9,000 seeded
-ones and 1,000 PEFT folders written to a temporary folder (4.5 GB, of the four attention
-projections). Both are asked the same requests, over 5 and over all 10,000 by a power law, in turn.
+projections of ranks 8, 16, 32 and 64. A server has 10,000: 9,000 seeded ones and 1,000 PEFT folders
+written to a temporary folder (4.5 GB, of the four attention projections). It is asked the same requests
+over 5 of them and over all 10,000 by a power law, in turn: one process, for two differ by where their
+memory happens to lie, by up to a third on a shared machine.
 
   fit       every adapter that the requests name has been used before and still is in the pool:
             at a rate below saturation, and eight at a time
@@ -140,14 +141,22 @@ OPEN = ("--rate", "8", "--requests", "200", "--alpha", "0.2", "--input", "16:64"
         "16:48")
 
 
-def fit(bench, few, many, rounds, read_bytes_per_s):
-    for server in (few, many):
-        load(bench, server, *CLOSED)  # the first pass brings them
-        load(bench, server, *OPEN)
+def in_turn(bench, server, options, rounds):
+    """The same load over 5 adapters and over all, the order turned round each time."""
+    sides, runs = {"few": ("--adapters", "5"), "many": ()}, []
+    for number in range(rounds):
+        order = list(sides) if number % 2 == 0 else list(sides)[::-1]
+        run = {side: load(bench, server, *options, *sides[side]) for side in order}
+        runs.append({side: run[side] for side in sides})
+    return runs
+
+
+def fit(bench, server, rounds, read_bytes_per_s):
+    for options in CLOSED, OPEN:  # the first pass brings them
+        in_turn(bench, server, options, 1)
     result = {}
     for name, options in (("open", OPEN), ("closed", CLOSED)):
-        runs = [{"few": load(bench, few, *options), "many": load(bench, many, *options)}
-                for _ in range(rounds)]
+        runs = in_turn(bench, server, options, rounds)
         ratio = spread([r["many"]["output_tokens_per_s"] / r["few"]["output_tokens_per_s"]
                         for r in runs])
         # Eight at a time, steps follow one another: a step that reads more takes longer.
@@ -172,11 +181,10 @@ def cold_read_s(server, names):
     return cold - statistics.mean(first_token_s(server, names[-1]) for _ in names)
 
 
-def thrash(bench, few, many, rounds, unused, read_bytes_per_s):
-    load(bench, many, *CLOSED)
-    alone_s = cold_read_s(many, unused)
-    runs = [{"few": load(bench, few, *CLOSED), "many": load(bench, many, *CLOSED)}
-            for _ in range(rounds)]
+def thrash(bench, server, rounds, unused, read_bytes_per_s):
+    load(bench, server, *CLOSED)
+    alone_s = cold_read_s(server, unused)
+    runs = in_turn(bench, server, CLOSED, rounds)
     ratio = spread([r["many"]["output_tokens_per_s"] / r["few"]["output_tokens_per_s"]
                     for r in runs])
     # Steps that read more take longer, and reads, one after another, the time that they take alone.
@@ -284,13 +292,12 @@ def main():
         # Drafts would make tokens come in bunches: gaps are to be those between steps.
         steady = ("--speculation", "off")
         roomy = ("--pool-bytes", "5GiB", "--host-bytes", "1GiB", *steady)
-        few = Server(options.lorad, adapters[:5], "--pool-bytes", "1GiB", *steady)
         many = Server(options.lorad, adapters, *roomy)
         registered = {"adapters": len(adapters), "start_s": many.start_s,
                       "rss_bytes_before_use": many.rss_bytes()}
         print("10,000 registered, serving after", round(many.start_s, 2), "s", flush=True)
         results = {"registered": registered,
-                   "fit": fit(options.bench, few, many, options.rounds, bandwidth)}
+                   "fit": fit(options.bench, many, options.rounds, bandwidth)}
         listed = json.loads(many.request("GET", "/v1/adapters")[1])["data"]
         unused = [a["id"] for a in listed if a["requests"] == 0 and a["tier"] == "disk"]
         random.Random(4).shuffle(unused)
@@ -298,10 +305,8 @@ def main():
         many.stop()
         tight = Server(options.lorad, adapters, "--pool-bytes", "768MiB", "--host-bytes", "512MiB",
                        *steady)
-        results["thrash"] = thrash(options.bench, few, tight, options.rounds,
-                                   unused[-40:], bandwidth)
-        for server in (few, tight):
-            server.stop()
+        results["thrash"] = thrash(options.bench, tight, options.rounds, unused[-40:], bandwidth)
+        tight.stop()
     finally:
         shutil.rmtree(root)
     save(options.out, "10,000 registered adapters against 5; cold adapters beside a stream; "
