@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MESSAGES_MAX = 4096, NESTED_MAX = 20 };
+enum { MESSAGES_MAX = 4096 };
 
 enum status chat_read_numbers(struct builder *b) {
     struct completion *c = b->completion;
@@ -34,11 +34,10 @@ enum status chat_read_numbers(struct builder *b) {
 // ------------------------------------------------------------------ what clients wrote
 
 // A copy in which every text is guarded.
-static json_t *guarded(const struct tokenizer *tokenizer, const json_t *value, int depth) {
+static json_t *guarded(const struct tokenizer *tokenizer, const json_t *value) {
     size_t i;
     const char *key;
     json_t *one, *copy;
-    if (depth > NESTED_MAX) return json_null();
     if (json_is_string(value)) {
         size_t bytes;
         char *text = tokenizer_guard(tokenizer, json_string_value(value), json_string_length(value),
@@ -47,12 +46,11 @@ static json_t *guarded(const struct tokenizer *tokenizer, const json_t *value, i
         free(text);
     } else if (json_is_array(value)) {
         copy = json_array();
-        json_array_foreach(value, i, one)
-            json_array_append_new(copy, guarded(tokenizer, one, depth + 1));
+        json_array_foreach(value, i, one) json_array_append_new(copy, guarded(tokenizer, one));
     } else if (json_is_object(value)) {
         copy = json_object();
         json_object_foreach((json_t *)value, key, one)
-            json_object_set_new(copy, key, guarded(tokenizer, one, depth + 1));
+            json_object_set_new(copy, key, guarded(tokenizer, one));
     } else {
         copy = json_deep_copy(value);
     }
@@ -61,24 +59,27 @@ static json_t *guarded(const struct tokenizer *tokenizer, const json_t *value, i
 
 // A string, or parts of type text, which are joined by line breaks. NULL: neither.
 static json_t *content_text(const json_t *content) {
-    size_t i;
-    json_t *part, *text = json_string("");
     if (json_is_string(content)) return json_deep_copy(content);
-    if (!json_is_array(content) || json_array_size(content) == 0) goto neither;
+    size_t i, bytes = 0;
+    json_t *part;
     json_array_foreach(content, i, part) {
-        const json_t *kind = json_object_get(part, "type"), *more = json_object_get(part, "text");
+        const json_t *kind = json_object_get(part, "type"), *text = json_object_get(part, "text");
         if (!json_is_string(kind) || strcmp(json_string_value(kind), "text") != 0 ||
-            !json_is_string(more))
-            goto neither;
-        json_t *joined = json_sprintf("%s%s%s", json_string_value(text), i > 0 ? "\n" : "",
-                                      json_string_value(more));
-        json_decref(text);
-        text = joined;
+            !json_is_string(text))
+            return NULL;
+        bytes += json_string_length(text) + 1;
     }
+    if (bytes == 0) return NULL; // no list, or an empty one
+    char *joined = mem_alloc(bytes), *to = joined;
+    json_array_foreach(content, i, part) {
+        const json_t *text = json_object_get(part, "text");
+        memcpy(to, json_string_value(text), json_string_length(text));
+        to += json_string_length(text);
+        *to++ = '\n';
+    }
+    json_t *text = json_stringn(joined, bytes - 1);
+    free(joined);
     return text;
-neither:
-    json_decref(text);
-    return NULL;
 }
 
 static bool is_role(const char *role) {
@@ -109,9 +110,9 @@ static enum status add_message(struct builder *b, const json_t *message, json_t 
         return builder_invalid(b, "messages", "a message's content must be a string, or a list of "
                                               "parts {\"type\": \"text\", \"text\": ...}");
     const struct tokenizer *tokenizer = b->completion->api->setup.tokenizer;
-    json_t *copy = guarded(tokenizer, message, 0);
+    json_t *copy = guarded(tokenizer, message);
     json_object_set_new(copy, "role", json_string(role));
-    json_object_set_new(copy, "content", guarded(tokenizer, text, 0));
+    json_object_set_new(copy, "content", guarded(tokenizer, text));
     json_decref(text);
     json_array_append_new(to, copy);
     return STATUS_OK;
@@ -155,7 +156,7 @@ static enum status read_variables(struct builder *b, struct chat *chat) {
     if (more && !json_is_null(more) && !json_is_object(more))
         return builder_invalid(b, "chat_template_kwargs", "chat_template_kwargs must be an object");
     if (json_is_object(more)) {
-        json_t *copy = guarded(b->completion->api->setup.tokenizer, more, 0);
+        json_t *copy = guarded(b->completion->api->setup.tokenizer, more);
         json_object_update_missing(chat->variables, copy);
         json_decref(copy);
     }

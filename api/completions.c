@@ -83,13 +83,14 @@ static enum status read_integers(struct builder *b) {
     } rows[] = {{"max_tokens", echo ? 0 : 1, context, &max_tokens},
                 {"min_tokens", 0, context, &min_tokens},
                 {"top_k", -1, vocabulary, &top_k},
-                {b->completion->chat ? "" : "logprobs", 0, LOGPROBS_MAX, &logprobs},
+                {"logprobs", 0, LOGPROBS_MAX, &logprobs},
                 {"n", 1, CHOICES_MAX, &n},
                 {"best_of", 1, CHOICES_MAX, &best_of},
                 {"priority", -1000000, 1000000, &priority},
                 {"seed", INT64_MIN, INT64_MAX, &seed},
                 {"deadline_ms", 1, 86400000, &deadline_ms}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        if (b->completion->chat && rows[i].to == &logprobs) continue; // a chat's are true or false
         enum status status =
             param_integer(b->root, rows[i].name, rows[i].min, rows[i].max, rows[i].to, b->err);
         if (status) return status;

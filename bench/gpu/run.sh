@@ -123,7 +123,7 @@ dummies() { # prefix first count modules ranks...: --adapter arguments, ranks in
 # ------------------------------------------------------------------ stages
 
 operations() {
-    if [ -n "$emulate" ]; then "$build/tests/emulation/test_cuda_operations"; else
+    if [ -n "$emulate" ]; then "$build/tests/emulation/test_emulator"; else # the rest is ctest's own
         bench/gpu/smoke.sh; fi
 }
 
