@@ -64,7 +64,8 @@ static json_t *strip(struct render *r, const json_t *value, const char *set, boo
     return render_string(r, text + begin, end - begin);
 }
 
-enum casing { CASE_UPPER, CASE_LOWER, CASE_TITLE, CASE_CAPITAL };
+// Capitals at the beginning of: the text, each run of letters (Python), each word (Jinja).
+enum casing { CASE_UPPER, CASE_LOWER, CASE_CAPITAL, CASE_TITLE, CASE_WORDS };
 
 static json_t *recase(struct render *r, const json_t *value, enum casing casing) {
     struct text_buffer to = {0};
@@ -77,8 +78,9 @@ static json_t *recase(struct render *r, const json_t *value, enum casing casing)
         bool upper = casing == CASE_UPPER || (casing != CASE_LOWER && begins);
         int32_t changed = upper ? utf8proc_toupper((int32_t)code) : utf8proc_tolower((int32_t)code);
         text_append_character(&to, (uint32_t)changed);
-        begins = casing == CASE_TITLE && changed == (int32_t)code && !char_is_word(code);
-        if (casing == CASE_TITLE) begins = !char_is_word(code) || char_is_numeric(code);
+        bool letter = char_is_word(code) && code != '_' && !char_is_numeric(code);
+        begins = casing == CASE_TITLE ? !letter
+                 : casing == CASE_WORDS && (strippable(code, "") || (code < 128 && strchr("-({[<", (int)code)));
     }
     return finish(r, &to);
 }
@@ -153,7 +155,7 @@ static json_t *filter_lower(struct render *r, json_t *value, const struct argume
 
 static json_t *filter_title(struct render *r, json_t *value, const struct arguments *given) {
     (void)given;
-    return recase(r, value_string(r, value), CASE_TITLE);
+    return recase(r, value_string(r, value), CASE_WORDS);
 }
 
 static json_t *filter_capitalize(struct render *r, json_t *value, const struct arguments *given) {

@@ -132,7 +132,7 @@ VALUES = {"s": "  Ab c,d  ", "t": "x\ny\n\nz", "n": 7, "f": 2.5, "l": [3, 1, 2, 
           "yes": True, "no": False, "none_": None, "items_": [{"k": "u", "v": 1}, {"k": "w", "v": 0}, {"k": "u"}]}
 EXPRESSIONS = """
 s|trim ; s.strip() ; s.lstrip() ; s.rstrip() ; s.strip(' A') ; s.split(',') ; s.split() ; s.split(' ', 3) ; t.split('\\n')
-s.upper() ; s|lower ; 'élan vital'|title ; 'ÉLAN'.capitalize() ; s.replace(' ', '_') ; s|replace('c', '') ; 'abc'.find('c')
+s.upper() ; s|lower ; 'élan vital'|title ; 'ÉLAN'.capitalize() ; "it's a-b (c d) 2nd x_y"|title ; "it's a-b (c d) 2nd x_y".title() ; s.replace(' ', '_') ; s|replace('c', '') ; 'abc'.find('c')
 s.startswith('  A') ; s.endswith(('x', '  ')) ; 'b' in s ; 'q' not in s ; 3 in l ; 'a' in d ; 9 not in l
 s|length ; l|length ; d|length ; l|first ; l|last ; l[0] ; l[-1] ; l[1:] ; l[:-1] ; l[::-1] ; l[::2] ; s[2:4] ; s[::-1] ; 'abc'[1]
 l|join(', ') ; l|join ; d.items()|map('first')|list ; d.keys()|list ; d.values()|list ; d|items|map('last')|list ; [l, e]|map('join', '+')|list ; d.get('b') ; d.get('q', 5) ; d.get('q')
