@@ -382,10 +382,12 @@ enum status host_store_create(const struct lora_geometry *geometry, const struct
     VERIFY_OP(pthread_cond_init(&store->work, NULL), ==, 0);
     store->threads = mem_zalloc((size_t)options->threads + 1, sizeof *store->threads);
     int failure = 0;
+    pthread_mutex_lock(&store->mutex); // loaders wait until all are counted
     while (store->thread_count < options->threads && !failure) {
         failure = thread_start(&store->threads[store->thread_count], loader, store);
         store->thread_count += !failure;
     }
+    pthread_mutex_unlock(&store->mutex);
     *out = store;
     if (failure && store->thread_count == 0) {
         host_store_destroy(store);
