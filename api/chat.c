@@ -23,10 +23,10 @@ enum status chat_read_numbers(struct builder *b) {
                                b->err);
     if (status) return status;
     if (top > 0 && !logprobs)
-        return builder_invalid(b, "top_logprobs", "top_logprobs needs \"logprobs\": true");
+        return refuse(b, "top_logprobs", "top_logprobs needs \"logprobs\": true");
     if (most > 0) s->max_tokens = (int)most;
     if (s->max_tokens > 0 && s->min_tokens > s->max_tokens)
-        return builder_invalid(b, "min_tokens", "min_tokens must not be larger than max_tokens");
+        return refuse(b, "min_tokens", "min_tokens must not be larger than max_tokens");
     s->logprobs = c->logprobs = logprobs ? (int)top : -1;
     return STATUS_OK;
 }
@@ -93,13 +93,10 @@ static bool is_role(const char *role) {
 static enum status add_message(struct builder *b, const json_t *message, json_t *to) {
     const char *role = NULL;
     if (!json_is_object(message))
-        return builder_invalid(b, "messages", "messages must hold objects with role and content");
-    enum status status = param_string(message, "role", 64, &role, b->err);
-    if (status) return error_set_param(b->err, STATUS_INVALID, "messages", "a message's role must be a "
-                                       "string");
-    if (!role || !is_role(role))
-        return builder_invalid(b, "messages", "a message's role must be system, developer, user, "
-                                              "assistant, tool or function");
+        return refuse(b, "messages", "messages must hold objects with role and content");
+    if (param_string(message, "role", 64, &role, b->err) || !role || !is_role(role))
+        return refuse(b, "messages", "a message's role must be system, developer, user, "
+                                     "assistant, tool or function");
     const json_t *calls = json_object_get(message, "tool_calls");
     if (calls && !json_is_null(calls) && json_array_size(calls) > 0)
         return error_set_param(b->err, STATUS_UNSUPPORTED, "messages", "tool_calls are not supported");
@@ -107,8 +104,8 @@ static enum status add_message(struct builder *b, const json_t *message, json_t 
     bool none = (!content || json_is_null(content)) && strcmp(role, "assistant") == 0;
     json_t *text = none ? json_string("") : content_text(content);
     if (!text)
-        return builder_invalid(b, "messages", "a message's content must be a string, or a list of "
-                                              "parts {\"type\": \"text\", \"text\": ...}");
+        return refuse(b, "messages", "a message's content must be a string, or a list of "
+                                     "parts {\"type\": \"text\", \"text\": ...}");
     const struct tokenizer *tokenizer = b->completion->api->setup.tokenizer;
     json_t *copy = guarded(tokenizer, message);
     json_object_set_new(copy, "role", json_string(role));
@@ -122,7 +119,7 @@ static enum status read_all(struct builder *b, json_t *to) {
     const json_t *messages = json_object_get(b->root, "messages");
     size_t count = json_array_size(messages);
     if (!json_is_array(messages) || count == 0 || count > MESSAGES_MAX)
-        return builder_invalid(b, "messages", "messages must be a list of 1 to 4096 messages");
+        return refuse(b, "messages", "messages must be a list of 1 to 4096 messages");
     enum status status = STATUS_OK;
     for (size_t i = 0; i < count && !status; i++)
         status = add_message(b, json_array_get(messages, i), to);
@@ -151,10 +148,10 @@ static enum status read_variables(struct builder *b, struct chat *chat) {
     if (!status) status = param_bool(b->root, "add_generation_prompt", &prompts, b->err);
     if (status) return status;
     if (prompts && chat->continues)
-        return builder_invalid(b, "continue_final_message", "continue_final_message needs "
-                                                            "\"add_generation_prompt\": false");
+        return refuse(b, "continue_final_message", "continue_final_message needs "
+                                                   "\"add_generation_prompt\": false");
     if (more && !json_is_null(more) && !json_is_object(more))
-        return builder_invalid(b, "chat_template_kwargs", "chat_template_kwargs must be an object");
+        return refuse(b, "chat_template_kwargs", "chat_template_kwargs must be an object");
     if (json_is_object(more)) {
         json_t *copy = guarded(b->completion->api->setup.tokenizer, more);
         json_object_update_missing(chat->variables, copy);
@@ -178,8 +175,8 @@ static enum status cut_final(struct builder *b, struct chat *chat) {
             chat->bytes = at + bytes;
             return STATUS_OK;
         }
-    return builder_invalid(b, "continue_final_message", "the chat template does not show the last "
-                                                        "message as it is: it cannot be continued");
+    return refuse(b, "continue_final_message", "the chat template does not show the last "
+                                               "message as it is: it cannot be continued");
 }
 
 static enum status add_choices(struct builder *b, const struct chat *chat) {
@@ -190,7 +187,7 @@ static enum status add_choices(struct builder *b, const struct chat *chat) {
     if (status) return error_set_param(b->err, STATUS_INVALID, "messages", "%s", b->err->text);
     c->choices = mem_zalloc((size_t)c->n, sizeof *c->choices);
     if (ids.count == 0)
-        status = builder_invalid(b, "messages", "the chat template makes nothing of the messages");
+        status = refuse(b, "messages", "the chat template makes nothing of the messages");
     else status = builder_add_choices(b, &ids, NULL);
     free(ids.ids);
     // Where the client names no limit, the context is it.

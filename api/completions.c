@@ -13,7 +13,7 @@
 
 enum { TEXT_MAX = 8 << 20, STOP_BYTES_MAX = 1024 };
 
-enum status builder_invalid(struct builder *b, const char *param, const char *text) {
+enum status refuse(struct builder *b, const char *param, const char *text) {
     return error_set_param(b->err, STATUS_INVALID, param, "%s", text);
 }
 
@@ -96,9 +96,9 @@ static enum status read_integers(struct builder *b) {
         if (status) return status;
     }
     if (best_of && best_of != n)
-        return builder_invalid(b, "best_of", "best_of must equal n: choosing among more is not supported");
+        return refuse(b, "best_of", "best_of must equal n: choosing among more is not supported");
     if (min_tokens > max_tokens && !b->completion->chat)
-        return builder_invalid(b, "min_tokens", "min_tokens must not be larger than max_tokens");
+        return refuse(b, "min_tokens", "min_tokens must not be larger than max_tokens");
     s->max_tokens = (int)max_tokens;
     s->min_tokens = (int)min_tokens;
     s->top_k = top_k < 0 ? 0 : (int)top_k;
@@ -130,9 +130,9 @@ static enum status read_flags(struct builder *b) {
     const json_t *options = json_object_get(b->root, "stream_options");
     if (status || !options || json_is_null(options)) return status;
     if (!json_is_object(options))
-        return builder_invalid(b, "stream_options", "stream_options must be an object");
+        return refuse(b, "stream_options", "stream_options must be an object");
     if (!c->stream)
-        return builder_invalid(b, "stream_options", "stream_options needs \"stream\": true");
+        return refuse(b, "stream_options", "stream_options needs \"stream\": true");
     status = param_bool(options, "include_usage", &c->include_usage, b->err);
     if (!status)
         status = param_bool(options, "continuous_usage_stats", &c->continuous_usage, b->err);
@@ -145,25 +145,25 @@ static enum status read_stops(struct builder *b) {
     struct request *p = b->pattern;
     json_t *stop = json_object_get(b->root, "stop"), *one;
     if (stop && !json_is_null(stop) && !json_is_string(stop) && !json_is_array(stop))
-        return builder_invalid(b, "stop", form);
+        return refuse(b, "stop", form);
     size_t count = json_is_string(stop) ? 1 : json_array_size(stop);
-    if (count > STOP_STRINGS_MAX) return builder_invalid(b, "stop", form);
+    if (count > STOP_STRINGS_MAX) return refuse(b, "stop", form);
     for (size_t i = 0; i < count; i++) {
         one = json_is_string(stop) ? stop : json_array_get(stop, i);
         size_t bytes = json_string_length(one);
         if (!json_is_string(one) || bytes == 0 || bytes > STOP_BYTES_MAX)
-            return builder_invalid(b, "stop", form);
+            return refuse(b, "stop", form);
         p->stop[p->stop_count++] = mem_strdup(json_string_value(one));
     }
     json_t *ids = json_object_get(b->root, "stop_token_ids");
     if (!ids || json_is_null(ids)) return STATUS_OK;
     if (!json_is_array(ids) || json_array_size(ids) > STOP_IDS_MAX)
-        return builder_invalid(b, "stop_token_ids", "stop_token_ids must be a list of up to 16 ids");
+        return refuse(b, "stop_token_ids", "stop_token_ids must be a list of up to 16 ids");
     for (size_t i = 0; i < json_array_size(ids); i++) {
         const json_t *id = json_array_get(ids, i);
         if (!json_is_integer(id) || json_integer_value(id) < 0 ||
             json_integer_value(id) >= b->completion->api->setup.config->vocabulary)
-            return builder_invalid(b, "stop_token_ids", "stop_token_ids must hold ids of the vocabulary");
+            return refuse(b, "stop_token_ids", "stop_token_ids must hold ids of the vocabulary");
         p->stop_ids[p->stop_id_count++] = (int32_t)json_integer_value(id);
     }
     return STATUS_OK;
@@ -173,7 +173,7 @@ static enum status read_bias(struct builder *b) {
     json_t *bias = json_object_get(b->root, "logit_bias"), *value;
     if (!bias || json_is_null(bias)) return STATUS_OK;
     if (!json_is_object(bias) || json_object_size(bias) > LOGIT_BIAS_MAX)
-        return builder_invalid(b, "logit_bias", "logit_bias must be an object of up to 1024 token ids");
+        return refuse(b, "logit_bias", "logit_bias must be an object of up to 1024 token ids");
     struct sampling *s = &b->pattern->sampling;
     int32_t *ids = mem_zalloc(json_object_size(bias) + 1, sizeof *ids);
     float *values = mem_zalloc(json_object_size(bias) + 1, sizeof *values);
@@ -185,9 +185,9 @@ static enum status read_bias(struct builder *b) {
         long id = strtol(key, &end, 10);
         double number = json_number_value(value);
         if (end == key || *end || id < 0 || id >= b->completion->api->setup.config->vocabulary)
-            return builder_invalid(b, "logit_bias", "logit_bias keys must be ids of the vocabulary");
+            return refuse(b, "logit_bias", "logit_bias keys must be ids of the vocabulary");
         if (!json_is_number(value) || !(number >= -100 && number <= 100))
-            return builder_invalid(b, "logit_bias", "logit_bias values must be numbers from -100 to 100");
+            return refuse(b, "logit_bias", "logit_bias values must be numbers from -100 to 100");
         ids[s->bias_count] = (int32_t)id;
         values[s->bias_count++] = (float)number;
     }
@@ -200,7 +200,7 @@ static enum status add_adapter(struct builder *b, const char *name, float weight
                                const char *param) {
     struct request *p = b->pattern;
     if (p->adapter_count == REQUEST_ADAPTERS_MAX)
-        return builder_invalid(b, param, "a request may mix up to 4 adapters");
+        return refuse(b, param, "a request may mix up to 4 adapters");
     struct adapter *adapter = registry_find(b->completion->api->setup.registry, name);
     if (!adapter)
         return error_set_param(b->err, STATUS_NOT_FOUND, param,
@@ -225,15 +225,15 @@ static enum status read_model(struct builder *b) {
     if (!status) status = param_string(b->root, "adapter_id", 1024, &adapter, b->err);
     if (status) return status;
     if (!model && !adapter)
-        return builder_invalid(b, "model", "model must name the base model or an adapter");
+        return refuse(b, "model", "model must name the base model or an adapter");
     const char *shown = adapter ? adapter : model;
     snprintf(b->completion->model, sizeof b->completion->model, "%.150s", shown);
     if (adapter && model && strcmp(model, base) != 0 && strcmp(model, adapter) != 0)
-        return builder_invalid(b, "adapter_id", "model and adapter_id name different adapters");
+        return refuse(b, "adapter_id", "model and adapter_id name different adapters");
     if (strcmp(shown, base) != 0 && (status = add_adapter(b, shown, 1, "model"))) return status;
     json_t *mix = json_object_get(b->root, "lora"), *one;
     if (!mix || json_is_null(mix)) return STATUS_OK;
-    if (!json_is_array(mix)) return builder_invalid(b, "lora", "lora must be a list of {id, weight}");
+    if (!json_is_array(mix)) return refuse(b, "lora", "lora must be a list of {id, weight}");
     size_t i;
     json_array_foreach(mix, i, one) {
         const char *id = NULL;
@@ -241,7 +241,7 @@ static enum status read_model(struct builder *b) {
         if ((status = param_string(one, "id", 1024, &id, b->err)) ||
             (status = param_number(one, "weight", -16, 16, &weight, b->err)))
             return status;
-        if (!id) return builder_invalid(b, "lora", "lora must be a list of {id, weight}");
+        if (!id) return refuse(b, "lora", "lora must be a list of {id, weight}");
         if ((status = add_adapter(b, id, (float)weight, "lora"))) return status;
     }
     return STATUS_OK;
@@ -280,9 +280,9 @@ static struct request *request_copy(const struct request *pattern) {
 static enum status encode_text(struct builder *b, const json_t *text, struct token_list *list) {
     const struct tokenizer *tokenizer = b->completion->api->setup.tokenizer;
     if (!tokenizer)
-        return builder_invalid(b, "prompt", "this model has no tokenizer: send the prompt as token ids");
+        return refuse(b, "prompt", "this model has no tokenizer: send the prompt as token ids");
     if (json_string_length(text) > TEXT_MAX)
-        return builder_invalid(b, "prompt", "prompt is larger than 8 MiB");
+        return refuse(b, "prompt", "prompt is larger than 8 MiB");
     enum status status = tokenizer_encode(tokenizer, json_string_value(text),
                                           json_string_length(text), true, false, list, b->err);
     return status ? error_set_param(b->err, STATUS_INVALID, "prompt", "%s", b->err->text) : status;
@@ -338,7 +338,7 @@ static enum status add_prompt(struct builder *b, const json_t *prompt) {
                                                 : read_ids(b, prompt, &list);
     if (status) return status;
     if (list.count == 0 || (json_is_string(prompt) && json_string_length(prompt) == 0))
-        status = builder_invalid(b, "prompt", "prompt is empty");
+        status = refuse(b, "prompt", "prompt is empty");
     else status = builder_add_choices(b, &list, json_string_value(prompt));
     free(list.ids);
     return status;
@@ -351,16 +351,16 @@ static enum status read_prompts(struct builder *b) {
     json_t *prompt = json_object_get(b->root, "prompt");
     json_t *first = json_array_get(prompt, 0);
     bool many = json_is_array(prompt) && (json_is_string(first) || json_is_array(first));
-    if (!json_is_string(prompt) && !json_is_array(prompt)) return builder_invalid(b, "prompt", form);
+    if (!json_is_string(prompt) && !json_is_array(prompt)) return refuse(b, "prompt", form);
     size_t count = many ? json_array_size(prompt) : 1;
     if (count * (size_t)c->n > CHOICES_MAX)
-        return builder_invalid(b, "n", "prompts times n must be at most 128");
+        return refuse(b, "n", "prompts times n must be at most 128");
     c->choices = mem_zalloc(count * (size_t)c->n, sizeof *c->choices);
     for (size_t i = 0; i < count; i++) {
         const json_t *one = many ? json_array_get(prompt, i) : prompt;
-        if (!json_is_string(one) && !json_is_array(one)) return builder_invalid(b, "prompt", form);
+        if (!json_is_string(one) && !json_is_array(one)) return refuse(b, "prompt", form);
         if (many && json_is_string(one) != json_is_string(first))
-            return builder_invalid(b, "prompt", form);
+            return refuse(b, "prompt", form);
         enum status status = add_prompt(b, one);
         if (status) return status;
     }

@@ -1,4 +1,5 @@
-// POST /v1/completions and /v1/chat/completions, the way out: engine events -> SSE chunks, or one JSON answer at the end.
+// POST /v1/completions and /v1/chat/completions, the way out: engine events -> SSE chunks, or one
+// JSON answer at the end.
 // Loop thread. A failed choice fails the whole answer: the others are cancelled, and the client
 // gets one error (before the first byte an HTTP status, afterwards one SSE error event).
 #include "api/completions_internal.h"
@@ -66,7 +67,8 @@ static void add_logprobs(const struct completion *c, struct choice *choice, int3
         char *other = completion_token_text(c, event->top[i].id, &other_bytes);
         json_t *name = completion_text_json(other, other_bytes); // two ids may show the same: best first
         if (!json_object_get(top, json_string_value(name)))
-            json_object_set_new(top, json_string_value(name), completion_logprob_json(event->top[i].logprob));
+            json_object_set_new(top, json_string_value(name),
+                                completion_logprob_json(event->top[i].logprob));
         json_decref(name);
         free(other);
     }

@@ -50,7 +50,8 @@ struct builder {
     struct request *pattern; // every choice's request is a copy of this, with its own prompt
 };
 
-enum status builder_invalid(struct builder *b, const char *param, const char *text);
+// STATUS_INVALID with the text, and the field that is at fault.
+enum status refuse(struct builder *b, const char *param, const char *text);
 // completions.c: n choices for a prompt. `text` is its echo; NULL: there is none.
 enum status builder_add_choices(struct builder *b, const struct token_list *prompt,
                                 const char *text);

@@ -59,7 +59,9 @@ def touch(server, prefix):
         return len(list(pool.map(server.ask, server.names(prefix))))
 
 
-def decode(server, name, until):
+def decode(server, name, begun, until):
+    server.ask(name)
+    begun.wait()
     while not until.is_set():
         server.ask(name, 64)
 
@@ -73,13 +75,13 @@ def measure(server, resident, cold):
 
 
 def beside(server, resident, cold, streams):
-    until = threading.Event()
-    threads = [threading.Thread(target=decode, args=(server, resident, until))
+    begun, until = threading.Barrier(streams + 1), threading.Event()
+    threads = [threading.Thread(target=decode, args=(server, resident, begun, until))
                for _ in range(streams)]
     for thread in threads:
         thread.start()
     try:
-        time.sleep(0.5)
+        begun.wait(300)
         return measure(server, resident, cold)
     finally:
         until.set()

@@ -153,6 +153,5 @@ json_t *call_function(struct render *r, const char *name, const struct arguments
 bool filter_is_known(const char *name);
 bool test_is_known(const char *name);
 bool method_is_known(const char *name);
-bool function_is_known(const char *name);
 
 #endif

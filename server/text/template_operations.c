@@ -378,17 +378,19 @@ static const struct {
 };
 enum { FILTERS = sizeof filters / sizeof *filters };
 
-bool filter_is_known(const char *name) {
+static filter *filter_find(const char *name) {
     for (int i = 0; i < FILTERS; i++)
-        if (strcmp(filters[i].name, name) == 0) return true;
-    return false;
+        if (strcmp(filters[i].name, name) == 0) return filters[i].apply;
+    return NULL;
+}
+
+bool filter_is_known(const char *name) {
+    return filter_find(name) != NULL;
 }
 
 json_t *apply_filter(struct render *r, const char *name, json_t *value,
                      const struct arguments *given) {
-    for (int i = 0; i < FILTERS; i++)
-        if (strcmp(filters[i].name, name) == 0) return filters[i].apply(r, value, given);
-    return NULL;
+    return filter_find(name)(r, value, given);
 }
 
 // ------------------------------------------------------------------ tests
@@ -449,14 +451,18 @@ bool apply_test(struct render *r, const char *name, json_t *value, const struct 
 
 // ------------------------------------------------------------------ methods and functions
 
+static bool listed(const char *const *names, const char *name) {
+    for (; *names; names++)
+        if (strcmp(*names, name) == 0) return true;
+    return false;
+}
+
 static const char *const methods[] = {
     "strip", "lstrip", "rstrip", "split", "startswith", "endswith", "upper", "lower", "title",
-    "capitalize", "replace", "items", "keys", "values", "get", "append", "find"};
+    "capitalize", "replace", "items", "keys", "values", "get", "append", "find", NULL};
 
 bool method_is_known(const char *name) {
-    for (size_t i = 0; i < sizeof methods / sizeof *methods; i++)
-        if (strcmp(methods[i], name) == 0) return true;
-    return false;
+    return listed(methods, name);
 }
 
 static json_t *text_method(struct render *r, json_t *text, const char *name,
@@ -515,13 +521,7 @@ json_t *call_method(struct render *r, json_t *object, const char *name,
 }
 
 static const char *const functions[] = {"range", "namespace", "dict", "raise_exception",
-                                        "strftime_now"};
-
-bool function_is_known(const char *name) {
-    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
-        if (strcmp(functions[i], name) == 0) return true;
-    return false;
-}
+                                        "strftime_now", NULL};
 
 static json_t *range(struct render *r, const struct arguments *given) {
     json_int_t bounds[3] = {0, 0, 1};
@@ -551,7 +551,7 @@ json_t *call_function(struct render *r, const char *name, const struct arguments
     if (strcmp(name, "strftime_now") == 0) return call_strftime(r, given);
     if (strcmp(name, "raise_exception") == 0)
         return render_fail(r, "%.160s", text_of(argument(given, 0, NULL)));
-    if (!function_is_known(name)) return render_fail(r, "there is no function \"%.40s\"", name);
+    if (!listed(functions, name)) return render_fail(r, "there is no function \"%.40s\"", name);
     json_t *object = render_keep(r, json_object());
     for (int i = 0; i < given->count; i++)
         if (given->names[i])
