@@ -5,8 +5,9 @@
 // backends: no operation is approximate beyond rounding. It allocates in a step only until its
 // scratch has grown to the largest step.
 //
-// LORAD_CPU_ISA=avx512bf16|avx512|avx2|scalar forces an instruction set, LORAD_CPU_LINEAR=own|onednn
-// the base matmul. Left alone, the matmul is our own but for bf16 on processors with AMX.
+// LORAD_CPU_ISA=avx512bf16|avx512vnni|avx512|avx2|scalar forces an instruction set,
+// LORAD_CPU_LINEAR=own|plain|onednn the base matmul: our own, the same without compact weights, or
+// oneDNN's. Left alone, it is our own but for bf16 on processors with AMX.
 #include "kernels/cpu/cpu_internal.h"
 
 #include "base/memory.h"
@@ -159,17 +160,22 @@ static void cpu_pool_copy(struct backend *b, int layer, const int32_t *pages, vo
 
 // ------------------------------------------------------------------ open and close
 
-static enum status wants_dnnl(enum dtype dtype, bool *wanted, struct error *err) {
+// What LORAD_CPU_LINEAR says: *dnnl, or else *compact.
+static enum status choose_linear(const struct backend_options *options, bool *dnnl, bool *compact,
+                                 struct error *err) {
     const char *choice = getenv("LORAD_CPU_LINEAR");
-    *wanted = dtype == DTYPE_BF16 && cpu_isa_has_amx();
-#ifdef LORAD_NO_DNNL
-    *wanted = false; // unless it is asked for: then opening it says why not
+    if (!choice) choice = "";
+    bool own = strcmp(choice, "own") == 0, plain = strcmp(choice, "plain") == 0;
+    *dnnl = strcmp(choice, "onednn") == 0;
+    if (*choice && !own && !plain && !*dnnl)
+        return error_set(err, STATUS_INVALID,
+                         "LORAD_CPU_LINEAR=%.40s is not one of own, plain, onednn", choice);
+#ifndef LORAD_NO_DNNL // there, who asks for it is told by opening it that it is missing
+    if (!*choice) *dnnl = options->dtype == DTYPE_BF16 && cpu_isa_has_amx();
 #endif
-    if (!choice || !*choice) return STATUS_OK;
-    *wanted = strcmp(choice, "onednn") == 0;
-    if (*wanted || strcmp(choice, "own") == 0) return STATUS_OK;
-    return error_set(err, STATUS_INVALID, "LORAD_CPU_LINEAR=%.40s is neither own nor onednn",
-                     choice);
+    *dnnl = *dnnl && options->quantization == QUANT_NONE;
+    *compact = options->dtype == DTYPE_BF16 && !plain && !*dnnl;
+    return STATUS_OK;
 }
 
 static void cpu_close(struct backend *b) {
@@ -192,14 +198,14 @@ static enum status cpu_open(const struct backend_options *options, struct backen
                          options->threads);
     const struct cpu_kernels *kernels;
     enum status status = cpu_isa_choose(&kernels, err);
-    bool dnnl = false;
-    if (status == STATUS_OK) status = wants_dnnl(options->dtype, &dnnl, err);
-    dnnl = dnnl && options->quantization == QUANT_NONE;
+    bool dnnl = false, compact = false;
+    if (status == STATUS_OK) status = choose_linear(options, &dnnl, &compact, err);
     if (status != STATUS_OK) return status;
     struct backend *b = mem_zalloc(1, sizeof *b);
     b->kernels = kernels;
     b->dtype = options->dtype;
     b->quantization = options->quantization;
+    b->compact = compact && kernels->tile_compact;
     b->threads = cpu_threads_create(options->threads);
     b->thread_count = cpu_threads_count(b->threads);
     if (dnnl) status = cpu_dnnl_open(b->thread_count, b->dtype, &b->dnnl, err);

@@ -33,6 +33,7 @@ struct backend {
     size_t thread_scratch_bytes;
     struct large *large;       // mapped blocks (cpu_backend.c)
     struct dnnl_context *dnnl; // NULL: linear runs on our own tiles
+    bool compact;              // bf16 weights are kept in 12 bits where they can be
 };
 
 // At least `bytes`, 64-byte aligned; the contents are lost when it has to grow.
@@ -81,6 +82,8 @@ static inline size_t cpu_word_units(const struct backend *b) {
     return b->dtype == DTYPE_BF16 && !b->kernels->packs_pairs ? 2 : 1;
 }
 
+enum { PIECE_WORDS = 256 }; // of k that several groups use before the next
+
 // A base matmul y[T, out] = x[T, in] W^T over panels of 16 columns (cpu_panels.c); who fills this in
 // knows what weights and packed x look like.
 struct panel_job {
@@ -95,9 +98,9 @@ struct panel_job {
     size_t packed_bytes;
     void (*pack)(const struct panel_job *job, int group);
     // y[rows of the group, columns of the panels] over words [first, first + count) of k, adding to
-    // what the words before gave.
-    void (*multiply)(const struct panel_job *job, int group, int panel, int panels, int first,
-                     int count);
+    // what the words before gave. Group 0 comes first, on the same thread as those after it.
+    void (*multiply)(const struct panel_job *job, int thread, int group, int panel, int panels,
+                     int first, int count);
     int panels_a_chunk; // cpu_panels_run's own
 };
 void cpu_panels_run(struct panel_job *job);

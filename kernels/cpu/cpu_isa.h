@@ -17,6 +17,11 @@
 #include <stdint.h>
 
 enum { PANEL = 16, TILE_ROWS_MAX = 28, TILE_PANELS_MAX = 4 };
+enum { COMPACT_WORDS = 4, COMPACT_BYTES = 192, COMPACT_CODES = 16 };
+
+// How far ahead of the multiply weights are asked for, all panels together: so many cache lines in
+// flight hide the latency of memory behind its bandwidth, whether they come from one panel or four.
+enum { PREFETCH_BYTES = 8192 };
 
 // One call of a tile. `rows` is what is stored; x is packed for tile_rows[rows] rows, k outermost:
 // x[k][R]. Panel c begins at w + c * panel_stride, its k-th row k_stride further (both in elements
@@ -30,6 +35,29 @@ struct cpu_tile {
     bool add;   // start from y instead of zero
     float *y;
     size_t y_stride; // elements from one row to the next; panels lie side by side
+};
+
+// A panel of compact weights (cpu_compact.c): the high bytes that its codes stand for, and the
+// numbers that have none: number `at` is half at % 32 of word at / 32.
+struct compact_exception {
+    uint32_t at;
+    uint16_t bits;
+};
+struct compact_panel {
+    uint8_t table[COMPACT_CODES];
+    struct compact_exception *exceptions; // by ascending group of words; the last is at UINT32_MAX
+};
+
+// The tile over compact weights. What it multiplies is left in `expanded` for other rows: panel c's
+// words from expanded + c * expanded_stride on. NULL: nobody else wants them.
+struct cpu_compact_tile {
+    struct cpu_tile tile; // without w and its strides; k: whole COMPACT_WORDS
+    const uint8_t *codes; // panel c's begin at codes + c * code_stride bytes
+    size_t code_stride;
+    uint32_t first; // word of k that codes begin with
+    const struct compact_panel *panels;
+    uint32_t *expanded;
+    size_t expanded_stride;
 };
 
 // The tile with quantised weights: y[R rows, 16 columns a panel] from x in 16 bits and w in 8 or 4. A
@@ -105,6 +133,13 @@ struct cpu_kernels {
     void (*pack_quant)(void *to, float *scales, float *sums, const float *x, size_t stride,
                        int rows, int k, int group_words);
 
+    // Compact weights (cpu_compact.c): COMPACT_WORDS words of a panel -> COMPACT_BYTES, their high
+    // bytes by number in `table`; bits of `missing`: bytes that are not there. NULL: no tile
+    // for them, they would be slower.
+    void (*compact_encode)(uint8_t *to, uint64_t missing[2], const uint32_t *words,
+                           const uint8_t table[COMPACT_CODES]);
+    void (*tile_compact)(const struct cpu_compact_tile *tile);
+
     // 16 rows of n 4-byte words -> to[n][16]. A NULL row is zero.
     void (*transpose)(uint32_t *to, const uint32_t *const rows[PANEL], int n);
     void (*widen)(float *to, const uint16_t *from, size_t n);
@@ -125,10 +160,11 @@ struct cpu_kernels {
 
 extern const struct cpu_kernels cpu_kernels_scalar;
 #ifdef __x86_64__
-extern const struct cpu_kernels cpu_kernels_avx2, cpu_kernels_avx512, cpu_kernels_avx512bf16;
+extern const struct cpu_kernels cpu_kernels_avx2, cpu_kernels_avx512, cpu_kernels_avx512vnni,
+    cpu_kernels_avx512bf16;
 #endif
 
-// The best set this processor has, or the one LORAD_CPU_ISA names.
+// The fastest set this processor has, or the one LORAD_CPU_ISA names.
 MUST_CHECK enum status cpu_isa_choose(const struct cpu_kernels **out, struct error *err);
 // Whether the processor multiplies bf16 matrices in AMX tiles, which oneDNN knows how to use.
 bool cpu_isa_has_amx(void);

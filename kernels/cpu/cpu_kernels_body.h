@@ -1,6 +1,6 @@
 // The inner kernels, written once over cpu_vector.h. Each cpu_kernels_SET.c defines VECTOR_WIDTH,
-// KERNELS (the table's name), KERNELS_NAME and KERNELS_BF16 (1: the processor multiplies pairs of
-// bf16), includes this file, and is compiled with that set's flags. Pure functions over plain
+// KERNELS (the table's name), KERNELS_NAME KERNELS_BF16 (1: it multiplies pairs of bf16) and, where it
+// has them, KERNELS_VNNI (pairs of 16-bit integers), includes this file, and is compiled with that set's flags. Pure functions over plain
 // arrays: no pages, no threads, no allocation.
 #include "kernels/cpu/cpu_isa.h"
 #include "kernels/cpu/cpu_vector.h"
@@ -17,11 +17,12 @@ enum { PANEL_VECTORS = PANEL / VECTOR_WIDTH, TILE_VECTORS_MAX = 28 };
 // y += pair . pair, both of bf16; without hardware for it x comes as two floats.
 #if KERNELS_BF16
 typedef uint32_t pair_x;
-enum { PAIR_X_STEP = 1 };
 INLINE vf pair_multiply(vf acc, vu w, const pair_x *x) {
     vu repeated = (vu){REPEAT(*x)};
     return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)repeated);
 }
+#else
+typedef float pair_x;
 #endif
 
 // Unrolled by the compiler for constant R (rows) and C (panels): R * C * PANEL_VECTORS
@@ -64,46 +65,54 @@ INLINE void tile_f32_body(const struct cpu_tile *t, const int R, const int C) {
     tile_end(t, acc, R, N);
 }
 
-// How far ahead of the multiply weights are asked for, all panels together: so many cache lines in
-// flight hide the latency of memory behind its bandwidth, whether they come from one panel or four.
-enum { PREFETCH_WORDS = 2048 };
+// acc += x w for one word of k: w is C panels' rows, x as pack_bf16 leaves it.
+#if KERNELS_BF16
+INLINE const pair_x *word_products(vf *acc, const uint32_t *w, size_t panel_stride, const pair_x *x,
+                                   const int R, const int C) {
+    vu columns[TILE_PANELS_MAX];
+#pragma GCC unroll 32
+    for (int c = 0; c < C; c++) columns[c] = vu_load(w + (size_t)c * panel_stride);
+#pragma GCC unroll 32
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 32
+        for (int c = 0; c < C; c++)
+            acc[r * C + c] = pair_multiply(acc[r * C + c], columns[c], x + r);
+    return x + R;
+}
+#else
+INLINE const pair_x *word_products(vf *acc, const uint32_t *w, size_t panel_stride, const pair_x *x,
+                                   const int R, const int C) {
+    const int N = C * PANEL_VECTORS;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++, x += R) {
+        vf columns[TILE_PANELS_MAX * PANEL_VECTORS];
+#pragma GCC unroll 32
+        for (int c = 0; c < N; c++) {
+            vu pairs = vu_load(w + (size_t)(c / PANEL_VECTORS) * panel_stride +
+                               c % PANEL_VECTORS * VECTOR_WIDTH);
+            columns[c] = (vf)(half == 0 ? pairs << 16 : pairs & 0xffff0000u);
+        }
+#pragma GCC unroll 32
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 32
+            for (int c = 0; c < N; c++) acc[r * N + c] += vf_set(x[r]) * columns[c];
+    }
+    return x;
+}
+#endif
 
 INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     const int N = C * PANEL_VECTORS;
     vf acc[TILE_VECTORS_MAX];
     tile_begin(t, acc, R, N);
     const uint32_t *w = t->w;
-#if KERNELS_BF16
     const pair_x *x = t->x;
-    for (int k = 0; k < t->k; k++, x += R, w += t->k_stride) {
-        vu columns[TILE_PANELS_MAX * PANEL_VECTORS];
-#pragma GCC unroll 32
-        for (int c = 0; c < N; c++) {
-            columns[c] = vu_load(w + (size_t)c * t->panel_stride);
-            __builtin_prefetch(w + (size_t)c * t->panel_stride + PREFETCH_WORDS / C);
-        }
-#pragma GCC unroll 32
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 32
-            for (int c = 0; c < N; c++)
-                acc[r * N + c] = pair_multiply(acc[r * N + c], columns[c], x + r);
+    for (int k = 0; k < t->k; k++, w += t->k_stride) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++)
+            __builtin_prefetch((const char *)(w + (size_t)c * t->panel_stride) + PREFETCH_BYTES / C);
+        x = word_products(acc, w, t->panel_stride, x, R, C);
     }
-#else
-    const float *x = t->x;
-    for (int k = 0; k < t->k; k++, x += 2 * R, w += t->k_stride) {
-#pragma GCC unroll 32
-        for (int c = 0; c < N; c++) {
-            vu pairs = vu_load(w + (size_t)(c / PANEL_VECTORS) * t->panel_stride +
-                               c % PANEL_VECTORS * VECTOR_WIDTH);
-            vf even = (vf)(pairs << 16), odd = (vf)(pairs & 0xffff0000u);
-#pragma GCC unroll 32
-            for (int r = 0; r < R; r++) {
-                acc[r * N + c] += vf_set(x[r]) * even;
-                acc[r * N + c] += vf_set(x[R + r]) * odd;
-            }
-        }
-    }
-#endif
     tile_end(t, acc, R, N);
 }
 
@@ -272,6 +281,10 @@ static void pair_rows(uint32_t *to, const uint16_t *first, const uint16_t *secon
 
 #include "kernels/cpu/cpu_quant_body.h"
 
+// ------------------------------------------------------------------ compact weights
+
+#include "kernels/cpu/cpu_compact_body.h"
+
 // ------------------------------------------------------------------ rows of activations
 
 static void rms_norm(float *y, float *x, const float *residual, const float *gain, float epsilon,
@@ -382,6 +395,8 @@ const struct cpu_kernels KERNELS = {
     .pack_quant = pack_quant,
     .pack_f32 = pack_f32,
     .pack_bf16 = pack_bf16,
+    .compact_encode = encode_compact,
+    .tile_compact = multiply_compact,
     .transpose = transpose,
     .widen = widen,
     .pair_rows = pair_rows,

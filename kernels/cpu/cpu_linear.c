@@ -1,6 +1,7 @@
 // Base matmuls: y[T, out] = x[T, in] W^T. Weights are packed once into panels of 16 columns, in the
 // backend's dtype; that copy serves every T, in the order of cpu_panels.c. Engine thread
 // (linear_create: whoever loads weights).
+#include "kernels/cpu/cpu_compact.h"
 #include "kernels/cpu/cpu_internal.h"
 
 #include "base/memory.h"
@@ -8,14 +9,17 @@
 
 #include <stdlib.h>
 
-enum { BLOCK_PANELS = 8 }; // of a many-token matmul: 16 KiB of each for a piece of k
+enum {
+    BLOCK_PANELS = 8,  // of a many-token matmul: 16 KiB of each for a piece of k
+};
 
 struct linear {
     int out, in;
     int panels;
     int words; // of k: elements of f32, pairs of bf16
     uint32_t *panel; // [panels][words][PANEL]
-    struct dnnl_linear *dnnl;   // these two instead of panels
+    struct compact *compact;    // one of these instead of panels
+    struct dnnl_linear *dnnl;
     struct quant_linear *quant;
 };
 
@@ -28,7 +32,7 @@ struct pack_job {
     enum dtype from, to;
 };
 
-// One panel: 16 rows of W converted where needed, then transposed.
+// One panel: 16 rows of W converted where needed, then transposed, then made compact.
 static void pack_panel(void *context, int chunk, int thread) {
     (void)thread;
     const struct pack_job *job = context;
@@ -45,7 +49,13 @@ static void pack_panel(void *context, int chunk, int thread) {
         else dtype_convert(to, job->to, from, job->from, in);
         rows[i] = to;
     }
-    job->kernels->transpose(l->panel + (size_t)chunk * words * PANEL, rows, l->words);
+    uint32_t *panel = l->compact ? mem_alloc_aligned(words * PANEL * sizeof *panel)
+                                 : l->panel + (size_t)chunk * words * PANEL;
+    job->kernels->transpose(panel, rows, l->words);
+    if (l->compact) {
+        cpu_compact_pack(l->compact, chunk, panel);
+        free(panel);
+    }
     free(converted);
 }
 
@@ -62,6 +72,19 @@ static enum status create_dnnl(struct backend *b, const void *weights, enum dtyp
                                                 l->in, &l->dnnl, err);
     free(converted);
     return status;
+}
+
+// Whether weights are worth it is known when they have been packed.
+static bool create_compact(struct backend *b, const struct pack_job *job) {
+    struct linear *l = job->linear;
+    if (!b->compact || !cpu_compact_can(l->out, l->in)) return false;
+    l->compact = cpu_compact_create(b->kernels, l->panels, l->words);
+    if (!l->compact) return false;
+    cpu_threads_run(b->threads, pack_panel, (void *)job, l->panels);
+    if (cpu_compact_fits(l->compact)) return true;
+    cpu_compact_destroy(l->compact);
+    l->compact = NULL;
+    return false;
 }
 
 enum status cpu_linear_create(struct backend *b, const void *weights, enum dtype dtype, int out,
@@ -81,16 +104,18 @@ enum status cpu_linear_create(struct backend *b, const void *weights, enum dtype
         else free(l);
         return status;
     }
+    struct pack_job job = {b->kernels, l, weights, dtype, b->dtype};
+    *result = l;
+    if (create_compact(b, &job)) return STATUS_OK;
     size_t bytes = (size_t)l->panels * (size_t)l->words * PANEL * sizeof *l->panel;
     l->panel = cpu_memory(bytes);
     if (!l->panel) {
         free(l);
+        *result = NULL;
         return error_set(err, STATUS_NO_MEMORY, "no memory for %d x %d weights (%zu bytes)", out,
                          in, bytes);
     }
-    struct pack_job job = {b->kernels, l, weights, dtype, b->dtype};
     cpu_threads_run(b->threads, pack_panel, &job, l->panels);
-    *result = l;
     return STATUS_OK;
 }
 
@@ -99,6 +124,7 @@ void cpu_linear_destroy(struct backend *b, struct linear *linear) {
     if (!linear) return;
     if (linear->dnnl) cpu_dnnl_linear_destroy(linear->dnnl);
     cpu_quant_destroy(linear->quant);
+    cpu_compact_destroy(linear->compact);
     free(linear->panel);
     free(linear);
 }
@@ -115,19 +141,28 @@ static void pack_group(const struct panel_job *panels, int group) {
              (size_t)panels->in, group_rows(&panels->groups, group, panels->tokens), panels->in);
 }
 
-static void multiply(const struct panel_job *panels, int group, int panel, int panel_count,
-                     int first, int count) {
+// A thread's place for a panel that group 0 has expanded for the others: of [BLOCK_PANELS], each
+// [PIECE_WORDS][PANEL].
+static uint32_t *expanded(const struct panel_job *panels, int thread, int panel) {
+    return (uint32_t *)cpu_thread_scratch(panels->b, thread) +
+           (size_t)(panel % BLOCK_PANELS) * PIECE_WORDS * PANEL;
+}
+
+static void multiply(const struct panel_job *panels, int thread, int group, int panel,
+                     int panel_count, int first, int count) {
     const struct linear_job *job = (const struct linear_job *)panels;
     const struct linear *l = job->linear;
     int rows = group_rows(&panels->groups, group, panels->tokens);
+    const uint32_t *w = l->compact ? expanded(panels, thread, panel)
+                                   : l->panel + ((size_t)panel * (size_t)l->words + (size_t)first) * PANEL;
     size_t padded = panels->b->kernels->tile_rows[rows];
     size_t x_at = (size_t)first * cpu_word_units(panels->b) * padded * sizeof(float);
     float edge[TILE_ROWS_MAX * PANEL];
     struct panel_output output = panel_output(panels, group, panel, panel_count, edge);
     struct cpu_tile tile = {
         .x = group_packed(panels, group) + x_at,
-        .w = l->panel + ((size_t)panel * (size_t)l->words + (size_t)first) * PANEL,
-        .panel_stride = (size_t)l->words * PANEL,
+        .w = w,
+        .panel_stride = (size_t)(l->compact ? PIECE_WORDS : l->words) * PANEL,
         .k_stride = PANEL,
         .k = count,
         .rows = rows,
@@ -136,7 +171,11 @@ static void multiply(const struct panel_job *panels, int group, int panel, int p
         .y = output.to,
         .y_stride = output.stride,
     };
-    cpu_multiply(panels->b, &tile);
+    if (l->compact && group == 0)
+        cpu_compact_multiply(l->compact, &tile, panel, first,
+                             panels->groups.count > 1 ? expanded(panels, thread, panel) : NULL,
+                             tile.panel_stride);
+    else cpu_multiply(panels->b, &tile);
     panel_finish(panels, &output, panel, rows);
 }
 
@@ -158,6 +197,8 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
                    .multiply = multiply},
         .linear = linear};
     struct panel_job *panels = &job.panels;
+    if (linear->compact)
+        cpu_threads_scratch(b, (size_t)BLOCK_PANELS * PIECE_WORDS * PANEL * sizeof(uint32_t));
     panels->packed_bytes = round_up(cpu_packed_bytes(panels->groups.padded, linear->in), 64);
     panels->packed = cpu_scratch(b, SCRATCH_PACKED_X,
                                  (size_t)panels->groups.count * panels->packed_bytes);

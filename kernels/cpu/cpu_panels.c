@@ -8,7 +8,6 @@
 #include "kernels/cpu/cpu_internal.h"
 
 enum {
-    PIECE_WORDS = 256,       // of k
     PACK_INLINE_MAX = 65536, // elements of x the caller packs alone
     CHUNKS_A_THREAD = 6,     // work is claimed in so many parts, so that a slow thread holds
                              // nobody back
@@ -22,7 +21,6 @@ static void pack_group(void *context, int group, int thread) {
 
 // A chunk when all tokens are one group.
 static void stream_panels(void *context, int chunk, int thread) {
-    (void)thread;
     const struct panel_job *job = context;
     int whole = job->out / PANEL, at_once = job->b->kernels->tile_panels[job->tokens];
     int first = chunk * job->panels_a_chunk;
@@ -30,13 +28,12 @@ static void stream_panels(void *context, int chunk, int thread) {
     for (int panel = first, step; panel < end; panel += step) {
         step = min_int(at_once, max_int(1, min_int(end, whole) - panel));
         if (step == 3) step = 2;
-        job->multiply(job, 0, panel, step, 0, job->words);
+        job->multiply(job, thread, 0, panel, step, 0, job->words);
     }
 }
 
 // A chunk when there are several groups.
 static void block_panels(void *context, int chunk, int thread) {
-    (void)thread;
     const struct panel_job *job = context;
     int first = chunk * job->panels_a_chunk;
     int end = min_int(first + job->panels_a_chunk, job->panels);
@@ -44,14 +41,16 @@ static void block_panels(void *context, int chunk, int thread) {
     if (end * PANEL > job->out) { // the partial panel has no room in y between pieces
         end--;
         for (int group = 0; group < job->groups.count; group++)
-            job->multiply(job, group, end, 1, 0, job->words);
+            job->multiply(job, thread, group, end, 1, 0, job->words);
     }
-    for (int at = 0; at < job->words; at += PIECE_WORDS)
+    for (int at = 0; at < job->words; at += PIECE_WORDS) {
+        int count = min_int(PIECE_WORDS, job->words - at);
         for (int group = 0; group < job->groups.count; group++)
             for (int panel = first, step; panel < end; panel += step) {
                 step = min_int(at_once, end - panel);
-                job->multiply(job, group, panel, step, at, min_int(PIECE_WORDS, job->words - at));
+                job->multiply(job, thread, group, panel, step, at, count);
             }
+    }
 }
 
 void cpu_panels_run(struct panel_job *job) {

@@ -201,8 +201,9 @@ static void pack_group(const struct panel_job *panels, int group) {
                                    l->group_words);
 }
 
-static void multiply(const struct panel_job *panels, int group, int panel, int panel_count,
-                     int first, int count) {
+static void multiply(const struct panel_job *panels, int thread, int group, int panel,
+                     int panel_count, int first, int count) {
+    (void)thread;
     const struct multiply_job *job = (const struct multiply_job *)panels;
     const struct quant_linear *l = job->linear;
     int rows = group_rows(&panels->groups, group, panels->tokens);

@@ -20,7 +20,7 @@ INLINE vu widen_int8(const uint8_t *w) {
 // acc += w . x, pairs of 16-bit numbers.
 INLINE vi quant_multiply(vi acc, vu w, uint32_t pair) {
     vu x = {REPEAT(pair)};
-#if KERNELS_BF16 // whoever has bf16 has VNNI
+#if KERNELS_VNNI
     return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 #elif VECTOR_WIDTH == 16
     return acc + (vi)_mm512_madd_epi16((__m512i)w, (__m512i)x);
@@ -51,7 +51,7 @@ INLINE void quant_group(const struct cpu_quant_tile *t, vi *acc, int first, int 
         for (int c = 0; c < N; c++) {
             const uint8_t *from = w + (size_t)(c / PANEL_VECTORS) * t->panel_stride +
                                   c % PANEL_VECTORS * 2 * VECTOR_WIDTH;
-            if (c % PANEL_VECTORS == 0) __builtin_prefetch(from + 4 * PREFETCH_WORDS / C);
+            if (c % PANEL_VECTORS == 0) __builtin_prefetch(from + PREFETCH_BYTES / C);
             both[c] = widen_int8(from); // of 4-bit pairs the masks below keep what is wanted
             row[c] = four ? both[c] & nibbles : both[c];
         }

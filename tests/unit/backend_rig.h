@@ -42,7 +42,8 @@ static const struct backend_ops *const ops = &backend_cuda;
 static const struct setup setups[] = {
     {"scalar", DTYPE_F32, 1, "own"},        {"scalar", DTYPE_BF16, 2, "own"},
     {"avx2", DTYPE_F32, 2, "own"},          {"avx2", DTYPE_BF16, 1, "own"},
-    {"avx512", DTYPE_F32, 1, "own"},        {"avx512", DTYPE_BF16, 2, "own"},
+    {"avx512", DTYPE_F32, 1, "own"},        {"avx512", DTYPE_BF16, 2, "plain"},
+    {"avx512vnni", DTYPE_BF16, 2, "own"},   {"avx512bf16", DTYPE_BF16, 2, "plain"},
     {"avx512bf16", DTYPE_F32, 2, "own"},    {"avx512bf16", DTYPE_BF16, 1, "own"},
     {"avx512bf16", DTYPE_BF16, 2, "own"},   {"scalar", DTYPE_F32, 2, "onednn"},
     {"avx512bf16", DTYPE_BF16, 2, "onednn"},

@@ -18,6 +18,7 @@ static const struct setup {
     {"scalar", DTYPE_F32, 2, QUANT_INT8},      {"scalar", DTYPE_BF16, 1, QUANT_INT4},
     {"avx2", DTYPE_BF16, 1, QUANT_INT8},       {"avx2", DTYPE_F32, 2, QUANT_INT4},
     {"avx512", DTYPE_F32, 1, QUANT_INT8},      {"avx512", DTYPE_BF16, 2, QUANT_INT4},
+    {"avx512vnni", DTYPE_BF16, 2, QUANT_INT8}, {"avx512vnni", DTYPE_F32, 1, QUANT_INT4},
     {"avx512bf16", DTYPE_BF16, 2, QUANT_INT8}, {"avx512bf16", DTYPE_F32, 1, QUANT_INT4},
 };
 enum { SETUPS = sizeof setups / sizeof *setups, GROUP_INT4 = 128 };
