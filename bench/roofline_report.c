@@ -10,11 +10,9 @@ static const char *const operation_colours[OPERATIONS] = {
 
 // ------------------------------------------------------------------ what it must cost
 
-static void linear_add(const struct rig *rig, struct cost *cost, double out, double in, double T) {
-    double bytes = (double)dtype_bytes(rig->options.dtype);
-    if (rig->options.quantization == QUANT_INT8) bytes = 1;
-    if (rig->options.quantization == QUANT_INT4) bytes = 0.5 + 8.0 / 128; // scales and zeros
-    cost->bytes += out * in * bytes;
+static void linear_add(const struct rig *rig, struct cost *cost, const struct linear *linear,
+                       double out, double in, double T) {
+    cost->bytes += (double)rig->ops->linear_bytes(linear);
     cost->flops += 2 * out * in * T;
 }
 
@@ -48,21 +46,26 @@ void step_price(const struct rig *rig, int T, struct step_cost *cost) {
     double elem = (double)dtype_bytes(rig->options.dtype), context = 0;
     for (int i = 0; i < rig->span_count; i++) context += rig->spans[i].context;
     for (int l = 0; l < s->layers; l++) {
-        linear_add(rig, &cost->of[OP_QKV], q + 2 * kv, s->hidden, T);
-        linear_add(rig, &cost->of[OP_OUT], s->hidden, q, T);
-        linear_add(rig, &cost->of[OP_GATE_UP], 2.0 * s->ffn, s->hidden, T);
-        linear_add(rig, &cost->of[OP_DOWN], s->hidden, s->ffn, T);
         cost->of[OP_ATTENTION].bytes += context * 2 * kv * elem;
         cost->of[OP_ATTENTION].flops += 4 * attended(rig) * q;
         lora_price(rig, cost);
+        if (!rig->head) continue; // LoRA alone
+        const struct rig_layer *layer = &rig->layers[l];
+        linear_add(rig, &cost->of[OP_QKV], layer->qkv, q + 2 * kv, s->hidden, T);
+        linear_add(rig, &cost->of[OP_OUT], layer->out, s->hidden, q, T);
+        linear_add(rig, &cost->of[OP_GATE_UP], layer->gate_up, 2.0 * s->ffn, s->hidden, T);
+        linear_add(rig, &cost->of[OP_DOWN], layer->down, s->hidden, s->ffn, T);
     }
-    linear_add(rig, &cost->of[OP_HEAD], s->vocabulary, s->hidden, logit_rows(rig, T));
+    if (rig->head)
+        linear_add(rig, &cost->of[OP_HEAD], rig->head, s->vocabulary, s->hidden,
+                   logit_rows(rig, T));
 }
 
 static double limit_seconds(const struct rig *rig, const struct machine_peak *peak,
                             const struct cost *cost) {
-    double flops = rig->options.dtype == DTYPE_BF16 ? peak->bf16_flops_per_s
-                                                    : peak->f32_flops_per_s;
+    double flops = peak->f32_flops_per_s; // bf16 may be multiplied so, too
+    if (rig->options.dtype == DTYPE_BF16 && peak->bf16_flops_per_s > flops)
+        flops = peak->bf16_flops_per_s;
     double memory = cost->bytes / peak->read_bytes_per_s, compute = cost->flops / flops;
     return memory > compute ? memory : compute;
 }

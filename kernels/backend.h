@@ -171,6 +171,8 @@ struct backend_ops {
                                             enum dtype dtype, int out, int in,
                                             struct linear **result, struct error *err);
     void (*linear_destroy)(struct backend *b, struct linear *linear);
+    // What it takes of memory, and what a matmul reads of it.
+    size_t (*linear_bytes)(const struct linear *linear);
 
     // y[t] = table[ids[t]]; table [V, H] of `dtype` in device memory, ids on the host.
     void (*embed)(struct backend *b, void *y, const void *table, enum dtype dtype,

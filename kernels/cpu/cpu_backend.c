@@ -114,15 +114,26 @@ void *cpu_thread_scratch(struct backend *b, int thread) {
     return (char *)b->scratch[SCRATCH_THREADS].memory + (size_t)thread * b->thread_scratch_bytes;
 }
 
-struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows) {
-    VERIFY_OP(rows, >, 0);
+static struct row_groups groups_of(const struct cpu_kernels *kernels, int rows, int height) {
     struct row_groups groups;
-    int height = rows > kernels->tile_rows_max ? kernels->tile_rows_many : kernels->tile_rows_max;
     int count = (rows + height - 1) / height;
     groups.rows = (rows + count - 1) / count;
     groups.count = (rows + groups.rows - 1) / groups.rows;
     groups.padded = kernels->tile_rows[groups.rows];
     return groups;
+}
+
+// Of many rows, those heights about the best one that compute the fewest rows nobody wants.
+struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows) {
+    VERIFY_OP(rows, >, 0);
+    if (rows <= kernels->tile_rows_max) return groups_of(kernels, rows, kernels->tile_rows_max);
+    int most = min_int(kernels->tile_rows_many + 2, kernels->tile_rows_max);
+    struct row_groups best = groups_of(kernels, rows, kernels->tile_rows_many);
+    for (int height = kernels->tile_rows_many + 1; height <= most; height++) {
+        struct row_groups groups = groups_of(kernels, rows, height);
+        if (groups.count * groups.padded < best.count * best.padded) best = groups;
+    }
+    return best;
 }
 
 // ------------------------------------------------------------------ pool
@@ -243,6 +254,7 @@ const struct backend_ops backend_cpu = {
     .pool_copy = cpu_pool_copy,
     .linear_create = cpu_linear_create,
     .linear_destroy = cpu_linear_destroy,
+    .linear_bytes = cpu_linear_bytes,
     .embed = cpu_embed,
     .rms_norm = cpu_rms_norm,
     .linear = cpu_linear,

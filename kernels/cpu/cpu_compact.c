@@ -17,32 +17,35 @@
 
 enum {
     NUMBERS = 2 * PANEL,   // in a word of a panel
-    SAMPLE_GROUPS = 8,     // of so many groups of words one is counted for the table
+    SAMPLES = 64,          // groups of words of a panel that are counted for its table
     EXCEPTION_SHARE = 64,  // at most one number in so many
+    ROWS_BESIDE_MAX = 8,   // with more, registers hold the sums of one panel and its words
 };
 
 struct compact {
     const struct cpu_kernels *kernels;
     int words;
-    size_t panel_bytes;
-    uint8_t *codes; // [panels][words / COMPACT_WORDS][COMPACT_BYTES]
+    uint8_t *codes; // pieces (cpu_internal.h) of groups of COMPACT_WORDS, each COMPACT_BYTES
     int panel_count;
     struct compact_panel *panels;
-    _Atomic bool unfit;
+    _Atomic int64_t exceptions;
 };
 
 bool cpu_compact_can(int out, int in) {
     return out % PANEL == 0 && in % (2 * COMPACT_WORDS) == 0;
 }
 
+static size_t code_bytes(const struct compact *c) {
+    return (size_t)c->panel_count * (size_t)(c->words / COMPACT_WORDS) * COMPACT_BYTES;
+}
+
 struct compact *cpu_compact_create(const struct cpu_kernels *kernels, int panels, int words) {
     struct compact *c = mem_zalloc(1, sizeof *c);
     c->kernels = kernels;
     c->words = words;
-    c->panel_bytes = (size_t)(words / COMPACT_WORDS) * COMPACT_BYTES;
     c->panel_count = panels;
     c->panels = mem_zalloc((size_t)panels, sizeof *c->panels);
-    c->codes = cpu_memory((size_t)panels * c->panel_bytes);
+    c->codes = cpu_memory(code_bytes(c));
     if (c->codes) return c;
     cpu_compact_destroy(c);
     return NULL;
@@ -60,7 +63,8 @@ void cpu_compact_destroy(struct compact *c) {
 
 static void choose_table(uint8_t table[COMPACT_CODES], const uint32_t *words, int count) {
     uint32_t seen[256] = {0};
-    for (int at = 0; at + COMPACT_WORDS <= count; at += SAMPLE_GROUPS * COMPACT_WORDS)
+    int step = max_int(1, count / COMPACT_WORDS / SAMPLES) * COMPACT_WORDS;
+    for (int at = 0; at + COMPACT_WORDS <= count; at += step)
         for (int i = 0; i < COMPACT_WORDS * PANEL; i++) {
             uint32_t pair = words[at * PANEL + i];
             seen[pair >> 8 & 0xff]++;
@@ -94,23 +98,39 @@ static void keep_missing(struct compact_panel *panel, int *count, const uint64_t
         }
 }
 
+static uint8_t *codes_at(const struct compact *c, int panel, int first, int count) {
+    return c->codes + piece_words(c->panel_count, panel, first, count) / COMPACT_WORDS * COMPACT_BYTES;
+}
+
+static uint8_t *group_codes(const struct compact *c, int panel, int group) {
+    int word = group * COMPACT_WORDS, first = word / PIECE_WORDS * PIECE_WORDS;
+    return codes_at(c, panel, first, min_int(PIECE_WORDS, c->words - first)) +
+           (size_t)((word - first) / COMPACT_WORDS) * COMPACT_BYTES;
+}
+
 void cpu_compact_pack(struct compact *c, int index, const uint32_t *words) {
     struct compact_panel *panel = &c->panels[index];
-    uint8_t *to = c->codes + (size_t)index * c->panel_bytes;
     choose_table(panel->table, words, c->words);
-    int count = 0, most = c->words * NUMBERS / EXCEPTION_SHARE;
-    for (int group = 0; group < c->words / COMPACT_WORDS && count <= most; group++) {
+    int count = 0;
+    for (int group = 0; group < c->words / COMPACT_WORDS; group++) {
         const uint32_t *from = words + group * COMPACT_WORDS * PANEL;
         uint64_t missing[2];
-        c->kernels->compact_encode(to + (size_t)group * COMPACT_BYTES, missing, from, panel->table);
+        c->kernels->compact_encode(group_codes(c, index, group), missing, from, panel->table);
         keep_missing(panel, &count, missing, from, group);
     }
-    if (count > most) atomic_store(&c->unfit, true);
+    atomic_fetch_add(&c->exceptions, count);
     keep_exception(panel, &count, UINT32_MAX, 0);
 }
 
 bool cpu_compact_fits(const struct compact *c) {
-    return !atomic_load(&c->unfit);
+    int64_t numbers = (int64_t)c->panel_count * c->words * NUMBERS;
+    return atomic_load(&c->exceptions) <= numbers / EXCEPTION_SHARE;
+}
+
+size_t cpu_compact_bytes(const struct compact *c) {
+    size_t exceptions = (size_t)(atomic_load(&c->exceptions) + c->panel_count);
+    return code_bytes(c) + (size_t)c->panel_count * sizeof *c->panels +
+           exceptions * sizeof(struct compact_exception);
 }
 
 // ------------------------------------------------------------------ in a step
@@ -119,13 +139,17 @@ void cpu_compact_multiply(const struct compact *c, const struct cpu_tile *tile, 
                           int first, uint32_t *expanded, size_t expanded_stride) {
     struct cpu_compact_tile compact = {
         .tile = *tile,
-        .codes = c->codes + (size_t)panel * c->panel_bytes +
-                 (size_t)(first / COMPACT_WORDS) * COMPACT_BYTES,
-        .code_stride = c->panel_bytes,
+        .code_stride = (size_t)(tile->k / COMPACT_WORDS) * COMPACT_BYTES,
         .first = (uint32_t)first,
-        .panels = &c->panels[panel],
-        .expanded = expanded,
         .expanded_stride = expanded_stride,
     };
-    c->kernels->tile_compact(&compact);
+    int at_once = tile->rows > ROWS_BESIDE_MAX ? 1 : tile->panels;
+    compact.tile.panels = at_once;
+    for (int i = 0; i < tile->panels; i += at_once) {
+        compact.tile.y = tile->y + i * PANEL;
+        compact.codes = codes_at(c, panel + i, first, tile->k);
+        compact.panels = &c->panels[panel + i];
+        compact.expanded = expanded ? expanded + (size_t)i * expanded_stride : NULL;
+        c->kernels->tile_compact(&compact);
+    }
 }

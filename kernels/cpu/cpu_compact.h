@@ -16,6 +16,7 @@ void cpu_compact_destroy(struct compact *c);
 // whole is of no use.
 void cpu_compact_pack(struct compact *c, int panel, const uint32_t *words);
 bool cpu_compact_fits(const struct compact *c);
+size_t cpu_compact_bytes(const struct compact *c);
 
 // The tile with panels from `panel` on, from word `first`, in place of its w. `expanded`: NULL, or where
 // the words are left as they are multiplied (struct cpu_compact_tile).

@@ -36,52 +36,63 @@ static void encode_compact(uint8_t *to, uint64_t missing[2], const uint32_t *wor
     _mm512_storeu_si512(to, _mm512_or_si512(codes[0], _mm512_slli_epi16(codes[1], 4)));
 }
 
-// Four words of a panel -> to[4][PANEL].
-INLINE void expand_group(uint32_t *to, const uint8_t *from, const uint8_t table[COMPACT_CODES]) {
-    const __m512i high_bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
-    const __m512i nibble = _mm512_set1_epi8(0x0f);
-    __m512i codes = bytes_load(from);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++, codes = _mm512_srli_epi16(codes, 4)) {
-        __m512i low = bytes_load(from + 64 + 64 * i);
-        __m512i high = _mm512_shuffle_epi8(high_bytes, _mm512_and_si512(codes, nibble));
-        _mm512_storeu_si512(to + 2 * i * PANEL, _mm512_unpacklo_epi8(low, high));
-        _mm512_storeu_si512(to + (2 * i + 1) * PANEL, _mm512_unpackhi_epi8(low, high));
-    }
+// Puts the exceptions from *next on that lie in words [at, at + 2) of the panel where they belong. By
+// value and without a call, so that neither words nor sums leave their registers for it.
+INLINE void put_exceptions(vu words[2], uint32_t at, const struct compact_exception **next) {
+    _Alignas(64) uint16_t numbers[4 * PANEL];
+    vu_store((uint32_t *)(void *)numbers, words[0]);
+    vu_store((uint32_t *)(void *)(numbers + 2 * PANEL), words[1]);
+    for (; (*next)->at - 2 * PANEL * at < 4 * PANEL; (*next)++)
+        numbers[(*next)->at - 2 * PANEL * at] = (*next)->bits;
+    words[0] = vu_load((const uint32_t *)(const void *)numbers);
+    words[1] = vu_load((const uint32_t *)(const void *)(numbers + 2 * PANEL));
 }
 
-// Each group is expanded just before it is multiplied, so that memory is read meanwhile.
+// Words are expanded, two of each panel at a time, in registers, and multiplied at once.
 INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, const int C) {
-    enum { GROUP = COMPACT_WORDS * PANEL, NUMBERS = 2 * GROUP };
+    const __m512i nibble = _mm512_set1_epi8(0x0f);
     vf acc[TILE_VECTORS_MAX];
     tile_begin(&t->tile, acc, R, C);
-    _Alignas(64) uint32_t own[TILE_PANELS_MAX * GROUP];
-    uint32_t *words = t->expanded ? t->expanded : own;
-    size_t stride = t->expanded ? t->expanded_stride : GROUP, step = t->expanded ? GROUP : 0;
-    uint32_t number = 2 * PANEL * t->first;
     const struct compact_exception *exception[TILE_PANELS_MAX];
     for (int c = 0; c < C; c++) {
         exception[c] = t->panels[c].exceptions;
-        while (exception[c]->at < number) exception[c]++;
+        while (exception[c]->at < 2 * PANEL * t->first) exception[c]++;
     }
     const pair_x *x = t->tile.x;
     const uint8_t *codes = t->codes;
-    for (int k = 0; k < t->tile.k; k += COMPACT_WORDS, codes += COMPACT_BYTES, number += NUMBERS) {
+    const int groups = t->tile.k / COMPACT_WORDS, ahead = PREFETCH_BYTES / COMPACT_BYTES / C;
+    for (int g = 0; g < groups; g++, codes += COMPACT_BYTES) {
+        const uint8_t *next = codes + ahead_at(g, ahead, groups, C) * COMPACT_BYTES;
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            vu first[TILE_PANELS_MAX], second[TILE_PANELS_MAX];
+            uint32_t word = (uint32_t)(g * COMPACT_WORDS + 2 * half);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; c++) {
-            const uint8_t *from = codes + (size_t)c * t->code_stride;
-            uint32_t *to = words + (size_t)c * stride;
-#pragma GCC unroll 3
-            for (int line = 0; line < COMPACT_BYTES; line += 64)
-                __builtin_prefetch(from + PREFETCH_BYTES / C + line);
-            expand_group(to, from, t->panels[c].table);
-            for (; exception[c]->at - number < NUMBERS; exception[c]++)
-                memcpy((char *)to + 2 * (exception[c]->at - number), &exception[c]->bits, 2);
+            for (int c = 0; c < C; c++) {
+                const uint8_t *from = codes + (size_t)c * t->code_stride;
+                const uint8_t *later = next + (size_t)c * t->code_stride;
+                __builtin_prefetch(later + 64 + 64 * half);
+                if (half == 0) __builtin_prefetch(later);
+                __m512i high_bytes = _mm512_broadcast_i32x4(
+                    _mm_loadu_si128((const void *)t->panels[c].table));
+                __m512i code = bytes_load(from), low = bytes_load(from + 64 + 64 * half);
+                if (half == 1) code = _mm512_srli_epi16(code, 4);
+                __m512i high = _mm512_shuffle_epi8(high_bytes, _mm512_and_si512(code, nibble));
+                first[c] = (vu)_mm512_unpacklo_epi8(low, high);
+                second[c] = (vu)_mm512_unpackhi_epi8(low, high);
+                if (__builtin_expect(exception[c]->at < 2 * PANEL * (t->first + word + 2), 0)) {
+                    vu words[2] = {first[c], second[c]};
+                    put_exceptions(words, t->first + word, &exception[c]);
+                    first[c] = words[0], second[c] = words[1];
+                }
+                if (!t->expanded) continue;
+                uint32_t *to = t->expanded + (size_t)c * t->expanded_stride + word * PANEL;
+                vu_store(to, first[c]);
+                vu_store(to + PANEL, second[c]);
+            }
+            x = word_products(acc, first, x, R, C);
+            x = word_products(acc, second, x, R, C);
         }
-#pragma GCC unroll 1
-        for (int i = 0; i < COMPACT_WORDS; i++)
-            x = word_products(acc, words + i * PANEL, stride, x, R, C);
-        words += step;
     }
     tile_end(&t->tile, acc, R, C);
 }

@@ -185,6 +185,10 @@ void cpu_dnnl_linear_destroy(struct dnnl_linear *linear) {
     free(linear);
 }
 
+size_t cpu_dnnl_linear_bytes(const struct dnnl_linear *linear) {
+    return dnnl_memory_desc_get_size(&linear->shape->weights);
+}
+
 static dnnl_primitive_t primitive_for(struct dnnl_context *context, struct shape *shape, int rows,
                                       int slot) {
     if (shape->primitives[slot]) return shape->primitives[slot];

@@ -82,7 +82,12 @@ static inline size_t cpu_word_units(const struct backend *b) {
     return b->dtype == DTYPE_BF16 && !b->kernels->packs_pairs ? 2 : 1;
 }
 
-enum { PIECE_WORDS = 256 }; // of k that several groups use before the next
+// Base weights lie in the order in which cpu_panels.c walks them: words [first, first + count) of k, a
+// piece, of all panels, then the next piece. Where this panel's part of a piece begins, in words.
+enum { PIECE_WORDS = 256 };
+static inline size_t piece_words(int panels, int panel, int first, int count) {
+    return (size_t)first * (size_t)panels + (size_t)panel * (size_t)count;
+}
 
 // A base matmul y[T, out] = x[T, in] W^T over panels of 16 columns (cpu_panels.c); who fills this in
 // knows what weights and packed x look like.
@@ -90,6 +95,7 @@ struct panel_job {
     struct backend *b;
     int out, in, panels, words; // words of k
     int block;                  // panels at a time when there are several groups
+    int piece;                  // words of k that all panels of a chunk use before the next
     float *y;
     const float *x;
     int tokens;
@@ -117,20 +123,24 @@ static inline char *group_packed(const struct panel_job *job, int group) {
 struct panel_output {
     float *y, *to;
     size_t stride;
+    int columns; // of the edge that are there
 };
 static inline struct panel_output panel_output(const struct panel_job *job, int group, int panel,
-                                               int panels, float *edge) {
-    bool partial = (panel + panels) * PANEL > job->out;
+                                               int panels, int first, float *edge) {
     float *y = job->y + (size_t)group * (size_t)job->groups.rows * (size_t)job->out + panel * PANEL;
-    return (struct panel_output){y, partial ? edge : y, partial ? PANEL : (size_t)job->out};
+    size_t out = (size_t)job->out;
+    int columns = job->out - panel * PANEL, rows = group_rows(&job->groups, group, job->tokens);
+    if (columns >= panels * PANEL) return (struct panel_output){y, y, out, 0};
+    for (int r = 0; first > 0 && r < rows; r++)
+        memcpy(edge + r * PANEL, y + (size_t)r * out, (size_t)columns * sizeof *y);
+    return (struct panel_output){y, edge, PANEL, columns};
 }
 
 static inline void panel_finish(const struct panel_job *job, const struct panel_output *output,
-                                int panel, int rows) {
-    if (output->to == output->y) return;
-    for (int r = 0; r < rows; r++)
+                                int rows) {
+    for (int r = 0; output->columns > 0 && r < rows; r++)
         memcpy(output->y + (size_t)r * (size_t)job->out, output->to + r * PANEL,
-               (size_t)(job->out - panel * PANEL) * sizeof(float));
+               (size_t)output->columns * sizeof(float));
 }
 
 // The first element of page `page` in layer `layer`.
@@ -145,6 +155,7 @@ MUST_CHECK enum status cpu_quant_create(struct backend *b, const void *weights, 
                                         int out, int in, struct quant_linear **result,
                                         struct error *err);
 void cpu_quant_destroy(struct quant_linear *linear);
+size_t cpu_quant_bytes(const struct quant_linear *linear);
 void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, float *y,
                       const float *x, int tokens);
 
@@ -159,6 +170,7 @@ MUST_CHECK enum status cpu_dnnl_linear_create(struct dnnl_context *context, cons
                                               int out, int in, struct dnnl_linear **result,
                                               struct error *err);
 void cpu_dnnl_linear_destroy(struct dnnl_linear *linear);
+size_t cpu_dnnl_linear_bytes(const struct dnnl_linear *linear);
 void cpu_dnnl_linear(struct backend *b, const struct dnnl_linear *linear, float *y, const float *x,
                      int tokens);
 
@@ -166,6 +178,7 @@ void cpu_dnnl_linear(struct backend *b, const struct dnnl_linear *linear, float 
 enum status cpu_linear_create(struct backend *b, const void *weights, enum dtype dtype, int out,
                               int in, struct linear **result, struct error *err);
 void cpu_linear_destroy(struct backend *b, struct linear *linear);
+size_t cpu_linear_bytes(const struct linear *linear);
 void cpu_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
                 int tokens);
 void cpu_lora_shrink(struct backend *b, const struct lora_launch *launch);

@@ -14,7 +14,8 @@ enum { PANEL_VECTORS = PANEL / VECTOR_WIDTH, TILE_VECTORS_MAX = 28 };
 
 // ------------------------------------------------------------------ the tile
 
-// y += pair . pair, both of bf16; without hardware for it x comes as two floats.
+// y += pair . pair, both of bf16; without hardware for it x comes as two floats, and one half of w at
+// a time.
 #if KERNELS_BF16
 typedef uint32_t pair_x;
 INLINE vf pair_multiply(vf acc, vu w, const pair_x *x) {
@@ -23,6 +24,9 @@ INLINE vf pair_multiply(vf acc, vu w, const pair_x *x) {
 }
 #else
 typedef float pair_x;
+INLINE vf pair_multiply(vf acc, vu w, const pair_x *x) {
+    return acc + vf_set(*x) * (vf)w;
+}
 #endif
 
 // Unrolled by the compiler for constant R (rows) and C (panels): R * C * PANEL_VECTORS
@@ -65,41 +69,36 @@ INLINE void tile_f32_body(const struct cpu_tile *t, const int R, const int C) {
     tile_end(t, acc, R, N);
 }
 
-// acc += x w for one word of k: w is C panels' rows, x as pack_bf16 leaves it.
-#if KERNELS_BF16
-INLINE const pair_x *word_products(vf *acc, const uint32_t *w, size_t panel_stride, const pair_x *x,
-                                   const int R, const int C) {
-    vu columns[TILE_PANELS_MAX];
-#pragma GCC unroll 32
-    for (int c = 0; c < C; c++) columns[c] = vu_load(w + (size_t)c * panel_stride);
+INLINE void row_products(vf *acc, const vu *columns, const pair_x *x, const int R, const int N) {
 #pragma GCC unroll 32
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 32
-        for (int c = 0; c < C; c++)
-            acc[r * C + c] = pair_multiply(acc[r * C + c], columns[c], x + r);
+        for (int c = 0; c < N; c++)
+            acc[r * N + c] = pair_multiply(acc[r * N + c], columns[c], x + r);
+}
+
+// acc += x w for one word of k: w is C panels' rows, x as pack_bf16 leaves it.
+INLINE const pair_x *word_products(vf *acc, const vu *w, const pair_x *x, const int R, const int N) {
+#if KERNELS_BF16
+    row_products(acc, w, x, R, N);
     return x + R;
-}
 #else
-INLINE const pair_x *word_products(vf *acc, const uint32_t *w, size_t panel_stride, const pair_x *x,
-                                   const int R, const int C) {
-    const int N = C * PANEL_VECTORS;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++, x += R) {
-        vf columns[TILE_PANELS_MAX * PANEL_VECTORS];
+    vu columns[TILE_PANELS_MAX * PANEL_VECTORS];
 #pragma GCC unroll 32
-        for (int c = 0; c < N; c++) {
-            vu pairs = vu_load(w + (size_t)(c / PANEL_VECTORS) * panel_stride +
-                               c % PANEL_VECTORS * VECTOR_WIDTH);
-            columns[c] = (vf)(half == 0 ? pairs << 16 : pairs & 0xffff0000u);
-        }
+    for (int c = 0; c < N; c++) columns[c] = w[c] << 16;
+    row_products(acc, columns, x, R, N);
 #pragma GCC unroll 32
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 32
-            for (int c = 0; c < N; c++) acc[r * N + c] += vf_set(x[r]) * columns[c];
-    }
-    return x;
-}
+    for (int c = 0; c < N; c++) columns[c] = w[c] & 0xffff0000u;
+    row_products(acc, columns, x + R, R, N);
+    return x + 2 * R;
 #endif
+}
+
+// Base weights' panels follow each other: from k on, what is to be asked for lies `ahead` further in
+// the same panel, or, past its end, in the C panels after these.
+INLINE size_t ahead_at(int k, int ahead, int count, const int C) {
+    return (size_t)ahead + (k + ahead < count ? 0 : (size_t)(C - 1) * (size_t)count);
+}
 
 INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     const int N = C * PANEL_VECTORS;
@@ -107,11 +106,17 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     tile_begin(t, acc, R, N);
     const uint32_t *w = t->w;
     const pair_x *x = t->x;
+    const int ahead = PREFETCH_BYTES / (PANEL * 4) / C;
     for (int k = 0; k < t->k; k++, w += t->k_stride) {
+        const uint32_t *next = w + ahead_at(k, ahead, t->k, C) * PANEL;
 #pragma GCC unroll 4
-        for (int c = 0; c < C; c++)
-            __builtin_prefetch((const char *)(w + (size_t)c * t->panel_stride) + PREFETCH_BYTES / C);
-        x = word_products(acc, w, t->panel_stride, x, R, C);
+        for (int c = 0; c < C; c++) __builtin_prefetch(next + (size_t)c * t->panel_stride);
+        vu words[TILE_PANELS_MAX * PANEL_VECTORS];
+#pragma GCC unroll 32
+        for (int c = 0; c < N; c++)
+            words[c] = vu_load(w + (size_t)(c / PANEL_VECTORS) * t->panel_stride +
+                               c % PANEL_VECTORS * VECTOR_WIDTH);
+        x = word_products(acc, words, x, R, N);
     }
     tile_end(t, acc, R, N);
 }

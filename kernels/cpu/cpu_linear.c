@@ -9,15 +9,13 @@
 
 #include <stdlib.h>
 
-enum {
-    BLOCK_PANELS = 8,  // of a many-token matmul: 16 KiB of each for a piece of k
-};
+enum { BLOCK_PANELS = 8 }; // of a many-token matmul: 16 KiB of each for a piece of k
 
 struct linear {
     int out, in;
     int panels;
     int words; // of k: elements of f32, pairs of bf16
-    uint32_t *panel; // [panels][words][PANEL]
+    uint32_t *panel; // for each PIECE_WORDS of words, or what is left of them, [panels][words][PANEL]
     struct compact *compact;    // one of these instead of panels
     struct dnnl_linear *dnnl;
     struct quant_linear *quant;
@@ -49,13 +47,15 @@ static void pack_panel(void *context, int chunk, int thread) {
         else dtype_convert(to, job->to, from, job->from, in);
         rows[i] = to;
     }
-    uint32_t *panel = l->compact ? mem_alloc_aligned(words * PANEL * sizeof *panel)
-                                 : l->panel + (size_t)chunk * words * PANEL;
+    uint32_t *panel = mem_alloc_aligned(words * PANEL * sizeof *panel);
     job->kernels->transpose(panel, rows, l->words);
-    if (l->compact) {
-        cpu_compact_pack(l->compact, chunk, panel);
-        free(panel);
+    if (l->compact) cpu_compact_pack(l->compact, chunk, panel);
+    for (int at = 0; !l->compact && at < l->words; at += PIECE_WORDS) {
+        int count = min_int(PIECE_WORDS, l->words - at);
+        memcpy(l->panel + piece_words(l->panels, chunk, at, count) * PANEL, panel + at * PANEL,
+               (size_t)count * PANEL * sizeof *panel);
     }
+    free(panel);
     free(converted);
 }
 
@@ -129,6 +129,13 @@ void cpu_linear_destroy(struct backend *b, struct linear *linear) {
     free(linear);
 }
 
+size_t cpu_linear_bytes(const struct linear *l) {
+    if (l->dnnl) return cpu_dnnl_linear_bytes(l->dnnl);
+    if (l->quant) return cpu_quant_bytes(l->quant);
+    if (l->compact) return cpu_compact_bytes(l->compact);
+    return (size_t)l->panels * (size_t)l->words * PANEL * sizeof *l->panel;
+}
+
 // ------------------------------------------------------------------ the matmul
 
 struct linear_job {
@@ -153,16 +160,17 @@ static void multiply(const struct panel_job *panels, int thread, int group, int 
     const struct linear_job *job = (const struct linear_job *)panels;
     const struct linear *l = job->linear;
     int rows = group_rows(&panels->groups, group, panels->tokens);
-    const uint32_t *w = l->compact ? expanded(panels, thread, panel)
-                                   : l->panel + ((size_t)panel * (size_t)l->words + (size_t)first) * PANEL;
+    const uint32_t *w = l->compact
+                            ? expanded(panels, thread, panel)
+                            : l->panel + piece_words(l->panels, panel, first, count) * PANEL;
     size_t padded = panels->b->kernels->tile_rows[rows];
     size_t x_at = (size_t)first * cpu_word_units(panels->b) * padded * sizeof(float);
     float edge[TILE_ROWS_MAX * PANEL];
-    struct panel_output output = panel_output(panels, group, panel, panel_count, edge);
+    struct panel_output output = panel_output(panels, group, panel, panel_count, first, edge);
     struct cpu_tile tile = {
         .x = group_packed(panels, group) + x_at,
         .w = w,
-        .panel_stride = (size_t)(l->compact ? PIECE_WORDS : l->words) * PANEL,
+        .panel_stride = (size_t)(l->compact ? PIECE_WORDS : count) * PANEL,
         .k_stride = PANEL,
         .k = count,
         .rows = rows,
@@ -176,7 +184,7 @@ static void multiply(const struct panel_job *panels, int thread, int group, int 
                              panels->groups.count > 1 ? expanded(panels, thread, panel) : NULL,
                              tile.panel_stride);
     else cpu_multiply(panels->b, &tile);
-    panel_finish(panels, &output, panel, rows);
+    panel_finish(panels, &output, rows);
 }
 
 void cpu_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
@@ -192,7 +200,7 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
     }
     struct linear_job job = {
         .panels = {.b = b, .out = linear->out, .in = linear->in, .panels = linear->panels,
-                   .words = linear->words, .block = BLOCK_PANELS, .y = y, .x = x, .tokens = tokens,
+                   .words = linear->words, .block = BLOCK_PANELS, .piece = PIECE_WORDS, .y = y, .x = x, .tokens = tokens,
                    .groups = cpu_row_groups(b->kernels, tokens), .pack = pack_group,
                    .multiply = multiply},
         .linear = linear};

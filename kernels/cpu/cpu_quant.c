@@ -22,6 +22,7 @@ enum {
     GROUP_WORDS_INT8 = 256, // pairs of k after which integers become floats
     GROUP_INT4_MAX = 128,   // elements
     GROUP_INT4_MIN = 32,
+    MANY_WORDS = 256,       // of k at a time, when there are several groups of rows
     BLOCK_PANELS = 16,      // of a many-token matmul: 8 KiB of each for a piece of k
 };
 
@@ -175,6 +176,11 @@ void cpu_quant_destroy(struct quant_linear *linear) {
     free(linear);
 }
 
+size_t cpu_quant_bytes(const struct quant_linear *l) {
+    size_t scales = (size_t)l->panels * (size_t)l->groups * PANEL * sizeof(float);
+    return (size_t)l->panels * l->panel_bytes + (l->four ? 2 : 1) * scales;
+}
+
 // ------------------------------------------------------------------ the matmul
 
 struct multiply_job {
@@ -211,7 +217,7 @@ static void multiply(const struct panel_job *panels, int thread, int group, int 
     size_t scale = ((size_t)panel * (size_t)l->groups + quant) * PANEL;
     size_t word_bytes = l->four ? PANEL : 2 * PANEL;
     float edge[TILE_ROWS_MAX * PANEL];
-    struct panel_output output = panel_output(panels, group, panel, panel_count, edge);
+    struct panel_output output = panel_output(panels, group, panel, panel_count, first, edge);
     struct cpu_quant_tile tile = {
         .x = group_packed(panels, group) + (size_t)first * padded * sizeof(uint32_t),
         .w = l->panel + (size_t)panel * l->panel_bytes + (size_t)first * word_bytes,
@@ -231,7 +237,7 @@ static void multiply(const struct panel_job *panels, int thread, int group, int 
         .y_stride = output.stride,
     };
     panels->b->kernels->tile_quant(&tile, l->four);
-    panel_finish(panels, &output, panel, rows);
+    panel_finish(panels, &output, rows);
 }
 
 void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, float *y,
@@ -243,6 +249,7 @@ void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, floa
                    .multiply = multiply},
         .linear = linear};
     struct panel_job *panels = &job.panels;
+    panels->piece = panels->groups.count > 1 ? MANY_WORDS : linear->words;
     size_t floats = (size_t)panels->groups.padded * sizeof(float);
     job.scales_at = round_up(cpu_packed_bytes(panels->groups.padded, linear->in), 64);
     job.sums_at = job.scales_at + round_up(floats, 64);

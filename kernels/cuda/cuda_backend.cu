@@ -232,6 +232,7 @@ extern const struct backend_ops backend_cuda = {
     .mark_seconds = cuda_mark_seconds,
     .linear_create = cuda_linear_create,
     .linear_destroy = cuda_linear_destroy,
+    .linear_bytes = cuda_linear_bytes,
     .embed = cuda_embed,
     .rms_norm = cuda_rms_norm,
     .linear = cuda_linear,

@@ -166,6 +166,7 @@ void cuda_matmul_close(struct backend *b);
 enum status cuda_linear_create(struct backend *b, const void *weights, enum dtype dtype, int out,
                                int in, struct linear **result, struct error *err);
 void cuda_linear_destroy(struct backend *b, struct linear *linear);
+size_t cuda_linear_bytes(const struct linear *linear);
 void cuda_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
                  int tokens);
 

@@ -20,7 +20,12 @@
 struct linear {
     int out, in;
     void *weights; // device memory, [out, in]
+    size_t bytes;
 };
+
+size_t cuda_linear_bytes(const struct linear *linear) {
+    return linear->bytes;
+}
 
 enum status cuda_linear_create(struct backend *b, const void *weights, enum dtype dtype, int out,
                                int in, struct linear **result, struct error *err) {
@@ -30,6 +35,7 @@ enum status cuda_linear_create(struct backend *b, const void *weights, enum dtyp
     struct linear *l = (struct linear *)mem_zalloc(1, sizeof *l);
     l->out = out;
     l->in = in;
+    l->bytes = bytes;
     if (cudaMalloc(&l->weights, bytes) != cudaSuccess) {
         free(l);
         return error_set(err, STATUS_NO_MEMORY, "no device memory for %d x %d weights (%zu bytes)",

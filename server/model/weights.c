@@ -165,6 +165,7 @@ struct source {
     uint64_t seed;
     void *buffer; // of the tensors read last: memory that was never touched is slow to come by
     size_t buffer_bytes;
+    size_t matrix_bytes; // of what the backend has made of the matrices so far
 };
 
 static void *source_buffer(struct source *source, size_t bytes) {
@@ -218,6 +219,15 @@ static enum status read_stacked(struct source *source, const struct tensor_spec 
 
 // ------------------------------------------------------------------ into the backend
 
+static enum status make_linear(struct model *m, struct source *source, const void *weights,
+                               enum dtype dtype, int rows, int columns, struct linear **out,
+                               struct error *err) {
+    enum status status =
+        m->ops->linear_create(m->backend, weights, dtype, rows, columns, out, err);
+    if (status == STATUS_OK) source->matrix_bytes += m->ops->linear_bytes(*out);
+    return status;
+}
+
 static enum status load_linear(struct model *m, struct source *source,
                                const struct tensor_spec *specs, int count, struct linear **out,
                                struct error *err) {
@@ -227,8 +237,7 @@ static enum status load_linear(struct model *m, struct source *source,
     if (status != STATUS_OK) return status;
     int rows = 0;
     for (int i = 0; i < count; i++) rows += specs[i].rows;
-    status = m->ops->linear_create(m->backend, buffer, dtype, rows, specs[0].columns, out, err);
-    return status;
+    return make_linear(m, source, buffer, dtype, rows, specs[0].columns, out, err);
 }
 
 static enum status load_gain(struct model *m, struct source *source,
@@ -277,8 +286,8 @@ static enum status load_embedding(struct model *m, struct source *source,
     }
     free(chunk);
     if (status == STATUS_OK && c->tied_embeddings)
-        status = m->ops->linear_create(m->backend, buffer, dtype, c->vocabulary, c->hidden,
-                                       &m->weights.head, err);
+        status = make_linear(m, source, buffer, dtype, c->vocabulary, c->hidden,
+                             &m->weights.head, err);
     return status;
 }
 
@@ -317,8 +326,9 @@ static enum status load_all(struct model *m, struct source *source, struct error
         status = load_linear(m, source, &head, 1, &m->weights.head, err);
     m->ops->synchronize(m->backend);
     if (status == STATUS_OK)
-        log_event(LOG_INFO, "model_loaded", "layers=%d hidden=%d vocabulary=%d%s", c->layers,
-                  c->hidden, c->vocabulary, source->file ? "" : " (dummy weights)");
+        log_event(LOG_INFO, "model_loaded", "layers=%d hidden=%d vocabulary=%d matrix_bytes=%zu%s",
+                  c->layers, c->hidden, c->vocabulary, source->matrix_bytes,
+                  source->file ? "" : " (dummy weights)");
     return status;
 }
 

@@ -109,6 +109,10 @@ static void plain_linear_destroy(struct backend *b, struct linear *linear) {
     free(linear);
 }
 
+static size_t plain_linear_bytes(const struct linear *linear) {
+    return (size_t)linear->out * (size_t)linear->in * sizeof(float);
+}
+
 static void plain_embed(struct backend *b, void *y, const void *table, enum dtype dtype,
                         const int32_t *ids, int tokens, int hidden) {
     (void)b;
@@ -296,6 +300,7 @@ static const struct backend_ops plain_backend = {
     .pool_copy = plain_pool_copy,
     .linear_create = plain_linear_create,
     .linear_destroy = plain_linear_destroy,
+    .linear_bytes = plain_linear_bytes,
     .embed = plain_embed,
     .rms_norm = plain_rms_norm,
     .linear = plain_linear,

@@ -97,7 +97,7 @@ static void test_same_bits_as_plain(void **state) {
     }
 }
 
-enum { PANELS = 4, WORDS = 64 };
+enum { PANELS = 4, WORDS = PIECE_WORDS + 64 };
 
 // [PANELS][WORDS][PANEL] pairs.
 static uint32_t *create_panels(enum kind kind) {
@@ -120,8 +120,7 @@ static struct compact *pack_panels(const struct cpu_kernels *kernels, const uint
     return c;
 }
 
-// Every height of a tile, from the first word and from a later one: its sums, and what it leaves
-// expanded.
+// Every height of a tile, over both pieces of k: its sums, and what it leaves expanded.
 static void check_tiles(const struct cpu_kernels *kernels, const struct compact *c,
                         const uint32_t *panels) {
     float *x = mem_alloc_aligned(cpu_packed_bytes(TILE_ROWS_MAX, 2 * WORDS));
@@ -131,8 +130,8 @@ static void check_tiles(const struct cpu_kernels *kernels, const struct compact 
         for (int i = 0; i < TILE_ROWS_MAX * WORDS * 2; i++) ((uint16_t *)(void *)x)[i] = random_weight();
     static uint32_t expanded[PANELS * WORDS * PANEL];
     for (int rows = 1; rows <= TILE_ROWS_MAX; rows++)
-        for (int first = 0; first <= 20; first += 20) {
-            int count = WORDS - first, panel_count = kernels->tile_panels[rows];
+        for (int first = 0; first < WORDS; first += PIECE_WORDS) {
+            int count = min_int(PIECE_WORDS, WORDS - first), panel_count = kernels->tile_panels[rows];
             float y[2][TILE_ROWS_MAX * TILE_PANELS_MAX * PANEL];
             for (size_t i = 0; i < sizeof y[0] / sizeof **y; i++) y[0][i] = y[1][i] = (float)i;
             struct cpu_tile tile = {.x = x, .w = panels + first * PANEL, .panel_stride = WORDS * PANEL,
