@@ -20,6 +20,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 T, P, R, E, A, N, H, D = ("test_engine_tiers", "test_prefix", "test_residency", "test_engine",
                           "test_adapter", "test_tenants", "test_host_store", "test_draft")
+B, C = "test_backend_cpu", "test_compact"
 
 # invariant, file, what is there, what is put there, tests that shall notice
 MUTATIONS = [
@@ -35,6 +36,17 @@ MUTATIONS = [
      ".position = engine->step", [E]),
     ("1", "pager/host_store.c", "((size_t)layer * elems + at) * bytes", "at * bytes", [H]),
     ("1", "pager/host_store.c", "adapter->pages + at / geometry->page_elems", "adapter->pages", [H]),
+    ("1", "kernels/cpu/cpu_internal.h", "first > 0 && r < rows", "r < 0", [B]),
+    ("1", "kernels/cpu/cpu_linear.c", "piece_words(l->panels, chunk, at, count)",
+     "piece_words(l->panels, chunk, at, PIECE_WORDS)", [B]),
+    ("1", "kernels/cpu/cpu_compact.c", "word = 2 * i + byte % 16 / 8", "word = 2 * i", [C]),
+    ("1", "kernels/cpu/cpu_compact.c", "codes_at(c, panel + i, first", "codes_at(c, panel, first", [C]),
+    ("1", "kernels/cpu/cpu_compact.c", "<= numbers / EXCEPTION_SHARE", "<= numbers", [C]),
+    ("1", "kernels/cpu/cpu_compact_body.h", "first[c] = words[0], second[c] = words[1];", "", [C]),
+    ("1", "kernels/cpu/cpu_compact_body.h",
+     "while (exception[c]->at < 2 * PANEL * t->first) exception[c]++;", "", [C]),
+    ("1", "kernels/cpu/cpu_compact_body.h", "if (half == 1) code = _mm512_srli_epi16(code, 4);", "",
+     [C]),
     ("2", "pager/prefix.c", "!memcmp(node->tokens, tokens, sizeof node->tokens))", "1)", [P]),
     ("2", "pager/prefix.c", "node->parent == parent &&", "", [P]),
     ("2", "pager/prefix.c", "pages[shared] = equal;\n", "", [P, T]),
