@@ -15,7 +15,7 @@
 
 enum { THREADS_MAX = 64, COPY_PIECE_PAGES = 8, SPARE_MAX = 16 };
 // While it is paced: how long a loader works at a time, and rests at most.
-static const double SLICE_S = 0.0001, PAUSE_MAX_S = 0.05;
+static const double SLICE_S = 0.0001, PAUSE_MAX_S = 0.05, WANTED_SHARE = 0.5;
 
 struct host_store {
     const struct lora_geometry *geometry; // borrowed from the engine
@@ -58,10 +58,13 @@ static void rest(void *context) {
     struct rest *rest = context;
     double worked_s = clock_seconds() - rest->since_s;
     if (worked_s < SLICE_S) return;
-    if (rest->store->ops->computes_on_host && atomic_load(&rest->store->pace) == HOST_PACED &&
-        rest->store->thread_count > 0) {
-        const struct host_store *store = rest->store;
-        double pause_s = worked_s * (store->thread_count / store->options.paced_share - 1);
+    const struct host_store *store = rest->store;
+    int pace = atomic_load(&store->pace);
+    if (store->ops->computes_on_host && (pace == HOST_PACED || pace == HOST_WANTED) &&
+        store->thread_count > 0) {
+        double share = store->options.paced_share;
+        if (pace == HOST_WANTED && share < WANTED_SHARE) share = WANTED_SHARE;
+        double pause_s = worked_s * (store->thread_count / share - 1);
         if (pause_s > PAUSE_MAX_S) pause_s = PAUSE_MAX_S;
         struct timespec pause = {0, pause_s > 0 ? (long)(pause_s * 1e9) : 0};
         nanosleep(&pause, NULL);

@@ -61,6 +61,7 @@ void host_store_release(struct host_store *store, size_t bytes);
 enum host_pace {
     HOST_IDLE,   // nothing is computed: digests are, too
     HOST_PACED,  // steps are computed: loaders keep to paced_share
+    HOST_WANTED, // and a request waits for them: to half of a core at least
     HOST_URGENT, // steps are computed, but for too few: loaders do not rest
 };
 void host_store_set_pace(struct host_store *store, enum host_pace pace);

@@ -369,11 +369,12 @@ bool engine_step(struct engine *engine) {
     plan(engine);
     admit(engine, now_s);
     bool works = engine->running_count > 0;
-    // One who waits is worth no late tokens of others; when several do, steps run half empty.
+    // One who waits is worth few late tokens of others; when several do, steps run half empty.
     bool urgent = engine->cold_count > 1 && 4 * engine->cold_count >= engine->running_count;
-    host_store_set_pace(engine->host_store, !works   ? HOST_IDLE
-                                            : urgent ? HOST_URGENT
-                                                     : HOST_PACED);
+    host_store_set_pace(engine->host_store, !works                  ? HOST_IDLE
+                                            : urgent                ? HOST_URGENT
+                                            : engine->cold_count > 0 ? HOST_WANTED
+                                                                     : HOST_PACED);
     if (works) {
         find_pages(engine, now_s);
         find_draft_pages(engine);

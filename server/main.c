@@ -57,8 +57,8 @@ static enum dtype choose_dtype(const struct program *p, const struct backend_ops
     if (!ops->computes_on_host && p->config.stored_dtype != DTYPE_F32) return DTYPE_BF16;
 #ifdef __x86_64__
     __builtin_cpu_init();
-    if (p->config.stored_dtype != DTYPE_F32 && __builtin_cpu_supports("avx512bf16"))
-        return DTYPE_BF16;
+    // With AVX-512 weights of bf16 are read in 12 bits.
+    if (p->config.stored_dtype != DTYPE_F32 && __builtin_cpu_supports("avx512bw")) return DTYPE_BF16;
 #endif
     return DTYPE_F32;
 }

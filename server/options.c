@@ -36,7 +36,7 @@ static const struct option table[] = {
     {"device", "NAME", "auto", "auto, cpu or cuda", KIND_TEXT, AT(device), 0, 0},
     {"dtype", "TYPE", "auto",
      "auto, f32 or bf16: type of weights, adapters and KV cache. auto is bf16 where the\n"
-     "processor multiplies it and the model is not stored in f32, else f32",
+     "processor has AVX-512 and the model is not stored in f32, else f32",
      KIND_TEXT, AT(dtype), 0, 0},
     {"quantization", "TYPE", "auto",
      "none, int8 or int4 (CPU): keep the base model's matrices rounded to 8 bits (half of bf16's\n"
@@ -61,8 +61,8 @@ static const struct option table[] = {
      AT(load_threads), 1, 64},
     {"load-share", "PERCENT", "10",
      "of one core: what those threads take together while steps are computed on the CPU, so\n"
-     "that others' tokens keep coming; when several requests wait for adapters, a fourth of\n"
-     "those that run or more, they take what they need",
+     "that others' tokens keep coming; half of one when a request waits for its adapter; when\n"
+     "several do, a fourth of those that run or more, they take what they need",
      KIND_INT, AT(load_share), 1, 6400},
     {"prefix-cache", "0|1", "1",
      "1 keeps computed prompts, so that requests of the same tenant and adapter with an equal\n"

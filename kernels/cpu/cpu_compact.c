@@ -6,8 +6,8 @@
 // bits is what DFloat11 (Zhang et al., 2504.11651) compresses by Huffman codes; here each panel has
 // a table of its 16 most frequent high bytes and 4 bits a number, which a byte shuffle turns back
 // several times as fast as memory delivers them. Numbers whose high byte is not in the table are
-// kept beside, whole, and put in their place after a piece is expanded: whatever is multiplied is,
-// to the bit, what was loaded. A matrix with too many of those stays as it is.
+// kept beside, whole, and put in their place as the others are expanded: whatever is multiplied is, to
+// the bit, what was loaded. A matrix with too many of those stays as it is.
 #include "kernels/cpu/cpu_compact.h"
 
 #include "base/memory.h"
