@@ -23,7 +23,7 @@ static void pack_group(void *context, int group, int thread) {
 static void run_chunk(void *context, int chunk, int thread) {
     const struct panel_job *job = context;
     int whole = job->out / PANEL, at_once = job->b->kernels->tile_panels[job->groups.padded];
-    if (job->groups.count > 1) at_once = min_int(at_once, 2); // the next rows' x is near, too
+    if (job->groups.count > 1) at_once = min_int(at_once, 2);
     int first = chunk * job->panels_a_chunk;
     int end = min_int(first + job->panels_a_chunk, job->panels);
     for (int at = 0; at < job->words; at += job->piece)
