@@ -65,14 +65,13 @@ def write_folder(folder, rank, seed, config):
 # ---------------------------------------------------------------- servers
 
 class Server:
-    def __init__(self, lorad, adapters, *options, model=MODEL, dummy=True):
+    def __init__(self, lorad, adapters, *options, model=MODEL, dummy=True, log=subprocess.DEVNULL):
         command = [lorad, "serve", "--model", str(model), "--load-format",
                    "dummy" if dummy else "auto", "--port", "0", *options]
         for name, source in adapters:
             command += ["--adapter", f"{name}={source}"]
         begin = time.monotonic()
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                        text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         line = next(line for line in self.process.stdout if line.startswith("listening on "))
         self.start_s = time.monotonic() - begin
         self.url = line.split()[-1]

@@ -6,13 +6,15 @@ that nobody uses cost the base model.
     python3 bench/footprint.py [--model build/compare/model/hf] [--out bench/results/cpu-footprint.json]
 
 start     from the program's start to its first token, weights in the page cache; resident memory then,
-          and what of it is neither weights nor pool
+          and what of it is neither weights, as they are kept, nor pool
 base      requests on the base model, sixteen at once, with no adapter registered and with 10,000, in
           alternation: the ratio of output tokens a second
 """
 import argparse
 import json
 import pathlib
+import re
+import tempfile
 import time
 
 import cold_adapters as cold
@@ -24,10 +26,14 @@ POOL = 512 << 20
 
 def start(lorad, model):
     begin = time.monotonic()
-    server = cold.Server(lorad, [], "--pool-bytes", str(POOL), "--served-model-name", "base",
-                         model=model, dummy=False)
-    first = server.stream("base", 1)[0] - begin
-    weights = sum(f.stat().st_size for f in pathlib.Path(model).glob("*.safetensors"))
+    with tempfile.TemporaryFile("w+") as log:
+        server = cold.Server(lorad, [], "--pool-bytes", str(POOL), "--served-model-name", "base",
+                             model=model, dummy=False, log=log)
+        first = server.stream("base", 1)[0] - begin
+        log.seek(0)
+        matrices = int(re.search(r"matrix_bytes=(\d+)", log.read())[1])
+    config = json.loads((pathlib.Path(model) / "config.json").read_text())
+    weights = matrices + 2 * config["vocab_size"] * config["hidden_size"]  # and the embedding
     rss, before = server.rss_bytes(), 0
     while rss > before:  # the pool's pages become present beside serving
         time.sleep(2)

@@ -1,7 +1,7 @@
 // Which instruction set the inner kernels use. Asked once, when the backend opens. It never guesses:
 // a set that LORAD_CPU_ISA names and the processor lacks is an error, not a fallback; and whether
 // pairs of bf16 are multiplied faster than as f32 is tried, because on some processors they are
-// not (on Zen 4 they take half the time, on Sapphire Rapids twice).
+// not (on Zen 4 they take half the time, on Emerald Rapids twice).
 #include "kernels/cpu/cpu_isa.h"
 
 #include "base/file.h"

@@ -160,9 +160,8 @@ static void multiply(const struct panel_job *panels, int thread, int group, int 
     const struct linear_job *job = (const struct linear_job *)panels;
     const struct linear *l = job->linear;
     int rows = group_rows(&panels->groups, group, panels->tokens);
-    const uint32_t *w = l->compact
-                            ? expanded(panels, thread, panel)
-                            : l->panel + piece_words(l->panels, panel, first, count) * PANEL;
+    uint32_t *w = l->compact ? expanded(panels, thread, panel)
+                             : l->panel + piece_words(l->panels, panel, first, count) * PANEL;
     size_t padded = panels->b->kernels->tile_rows[rows];
     size_t x_at = (size_t)first * cpu_word_units(panels->b) * padded * sizeof(float);
     float edge[TILE_ROWS_MAX * PANEL];
@@ -181,8 +180,7 @@ static void multiply(const struct panel_job *panels, int thread, int group, int 
     };
     if (l->compact && group == 0)
         cpu_compact_multiply(l->compact, &tile, panel, first,
-                             panels->groups.count > 1 ? expanded(panels, thread, panel) : NULL,
-                             tile.panel_stride);
+                             panels->groups.count > 1 ? w : NULL, tile.panel_stride);
     else cpu_multiply(panels->b, &tile);
     panel_finish(panels, &output, rows);
 }
@@ -200,9 +198,9 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
     }
     struct linear_job job = {
         .panels = {.b = b, .out = linear->out, .in = linear->in, .panels = linear->panels,
-                   .words = linear->words, .block = BLOCK_PANELS, .piece = PIECE_WORDS, .y = y, .x = x, .tokens = tokens,
-                   .groups = cpu_row_groups(b->kernels, tokens), .pack = pack_group,
-                   .multiply = multiply},
+                   .words = linear->words, .block = BLOCK_PANELS, .piece = PIECE_WORDS, .y = y,
+                   .x = x, .tokens = tokens, .groups = cpu_row_groups(b->kernels, tokens),
+                   .pack = pack_group, .multiply = multiply},
         .linear = linear};
     struct panel_job *panels = &job.panels;
     if (linear->compact)
