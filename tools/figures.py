@@ -11,6 +11,7 @@ these documents is written by hand.
 import json
 import pathlib
 import re
+import statistics
 import sys
 
 import gpu_figures
@@ -209,6 +210,19 @@ def lora_layout():
         lines.append(f"| {row['sequences']} | {b['lora shrink']:.1f} | {a['lora shrink']:.1f} | "
                      f"{b['lora expand']:.1f} | {a['lora expand']:.1f} | {row['limit_ms']:.1f} |")
     return "\n".join(lines + ["", "Best of " + str(result["rounds"]) + " runs each. From",
+                              source(name, result) + "."])
+
+
+def compact():
+    name = "cpu-compact.json"
+    result = load(name)
+    lines = ["| milliseconds a step, minimum / median / maximum | 1 sequence | 16 | 64 | "
+             "a prompt of 512 |", "|---|---:|---:|---:|---:|"]
+    for row in result["rows"]:
+        cells = " | ".join(f"{min(v):.0f} / {statistics.median(v):.0f} / {max(v):.0f}"
+                           for v in row["step_ms"].values())
+        lines.append(f"| {row['what']} (`{row['isa']}`, `{row['linear']}`) | {cells} |")
+    return "\n".join(lines + ["", "Three alternations; a sequence has its own rank-16 adapter. From",
                               source(name, result) + "."])
 
 

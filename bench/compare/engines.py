@@ -155,7 +155,7 @@ class Vllm(HttpEngine):
     def __init__(self, options):
         program = options.vllm or shutil.which("vllm")
         if not program:
-            raise Missing("not installed; the log of its installation says why")
+            raise Missing("it is not installed")
         self.port = free_port()
         folder = pathlib.Path(options.folder)
         modules = [json.dumps({"name": f"a{i:02d}", "path": f"{folder}/adapters/a{i:02d}"})

