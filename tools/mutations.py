@@ -32,7 +32,7 @@ MUTATIONS = [
     ("1", "server/engine_output.c", "ended || sequence->tokens[item->tokens_total - 1] != draft",
      "ended || accepted == drafts", [D]),
     ("1", "server/engine_draft.c", "if (most > item->tokens_left) most = item->tokens_left;", "", [D]),
-    ("1", "server/engine_output.c", ".position = (uint64_t)sequence->item.tokens_total",
+    ("1", "server/engine_output.c", ".position = (uint64_t)(sequence->item.tokens_total + ahead)",
      ".position = engine->step", [E]),
     ("1", "pager/host_store.c", "((size_t)layer * elems + at) * bytes", "at * bytes", [H]),
     ("1", "pager/host_store.c", "adapter->pages + at / geometry->page_elems", "adapter->pages", [H]),
