@@ -62,6 +62,7 @@ INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, con
     const uint8_t *codes = t->codes;
     const int groups = t->tile.k / COMPACT_WORDS, ahead = PREFETCH_BYTES / COMPACT_BYTES / C;
     for (int g = 0; g < groups; g++, codes += COMPACT_BYTES) {
+        ask_for_sums(&t->tile, g, C);
         const uint8_t *next = codes + ahead_at(g, ahead, groups, C) * COMPACT_BYTES;
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {

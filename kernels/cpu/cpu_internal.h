@@ -48,6 +48,10 @@ static inline size_t round_up(size_t n, size_t to) {
     return (n + to - 1) / to * to;
 }
 
+static inline int divide_up(int n, int by) {
+    return (n + by - 1) / by;
+}
+
 static inline int min_int(int a, int b) {
     return a < b ? a : b;
 }
@@ -107,7 +111,7 @@ struct panel_job {
     // what the words before gave. Group 0 comes first, on the same thread as those after it.
     void (*multiply)(const struct panel_job *job, int thread, int group, int panel, int panels,
                      int first, int count);
-    int panels_a_chunk; // cpu_panels_run's own
+    int at_once, chunks; // cpu_panels_run's own: panels of a tile; parts of the work
 };
 void cpu_panels_run(struct panel_job *job);
 

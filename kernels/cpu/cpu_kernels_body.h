@@ -50,12 +50,21 @@ INLINE void tile_end(const struct cpu_tile *t, const vf *acc, const int R, const
                 vf_store(t->y + (size_t)r * t->y_stride + c * VECTOR_WIDTH, acc[r * N + c]);
 }
 
+// The sums of the C panels after these are asked for, a row a step of k: they lie rows apart.
+INLINE void ask_for_sums(const struct cpu_tile *t, int k, const int C) {
+    if (k >= t->rows) return;
+    const float *y = t->y + (size_t)k * t->y_stride + C * PANEL;
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++) __builtin_prefetch(y + c * PANEL, 1);
+}
+
 INLINE void tile_f32_body(const struct cpu_tile *t, const int R, const int C) {
     const int N = C * PANEL_VECTORS;
     vf acc[TILE_VECTORS_MAX];
     tile_begin(t, acc, R, N);
     const float *x = t->x, *w = t->w;
     for (int k = 0; k < t->k; k++, x += R, w += t->k_stride) {
+        ask_for_sums(t, k, C);
         vf columns[TILE_PANELS_MAX * PANEL_VECTORS];
 #pragma GCC unroll 32
         for (int c = 0; c < N; c++)
@@ -111,6 +120,7 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
         const uint32_t *next = w + ahead_at(k, ahead, t->k, C) * PANEL;
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) __builtin_prefetch(next + (size_t)c * t->panel_stride);
+        ask_for_sums(t, k, C);
         vu words[TILE_PANELS_MAX * PANEL_VECTORS];
 #pragma GCC unroll 32
         for (int c = 0; c < N; c++)

@@ -9,8 +9,10 @@
 
 enum {
     PACK_INLINE_MAX = 65536, // elements of x the caller packs alone
-    CHUNKS_A_THREAD = 6,     // work is claimed in so many parts, so that a slow thread holds
-                             // nobody back
+    // Work is claimed in so many parts, so that a slow thread holds nobody back: with one group of
+    // rows, and, at least, with several.
+    CHUNKS_A_THREAD = 6,
+    CHUNKS_MANY_MIN = 3,
 };
 
 static void pack_group(void *context, int group, int thread) {
@@ -19,17 +21,22 @@ static void pack_group(void *context, int group, int thread) {
     job->pack(job, group);
 }
 
+// Chunks differ by one tile's panels at most, so that threads of equal speed end together.
+static int chunk_begin(const struct panel_job *job, int chunk) {
+    int tiles = divide_up(job->panels, job->at_once);
+    int64_t first = (int64_t)tiles * chunk / job->chunks * job->at_once;
+    return min_int((int)first, job->panels);
+}
+
 // The panels of one chunk.
 static void run_chunk(void *context, int chunk, int thread) {
     const struct panel_job *job = context;
-    int whole = job->out / PANEL, at_once = job->b->kernels->tile_panels[job->groups.padded];
-    if (job->groups.count > 1) at_once = min_int(at_once, 2);
-    int first = chunk * job->panels_a_chunk;
-    int end = min_int(first + job->panels_a_chunk, job->panels);
+    int whole = job->out / PANEL;
+    int first = chunk_begin(job, chunk), end = chunk_begin(job, chunk + 1);
     for (int at = 0; at < job->words; at += job->piece)
         for (int group = 0; group < job->groups.count; group++)
             for (int panel = first, step; panel < end; panel += step) {
-                step = min_int(at_once, max_int(1, min_int(end, whole) - panel));
+                step = min_int(job->at_once, max_int(1, min_int(end, whole) - panel));
                 if (step == 3) step = 2;
                 job->multiply(job, thread, group, panel, step, at,
                               min_int(job->piece, job->words - at));
@@ -43,11 +50,12 @@ void cpu_panels_run(struct panel_job *job) {
     else cpu_threads_run(threads, pack_group, job, job->groups.count);
 
     bool stream = job->groups.count == 1;
-    job->panels_a_chunk = job->block;
-    if (stream) {
-        int share = max_int(1, job->panels / (job->b->thread_count * CHUNKS_A_THREAD));
-        job->panels_a_chunk = (int)round_up((size_t)share, TILE_PANELS_MAX);
-    }
-    cpu_threads_run(threads, run_chunk, job,
-                    (job->panels + job->panels_a_chunk - 1) / job->panels_a_chunk);
+    int share = CHUNKS_A_THREAD;
+    if (!stream)
+        share = max_int(CHUNKS_MANY_MIN,
+                        divide_up(job->panels, job->b->thread_count * job->block));
+    job->at_once = job->b->kernels->tile_panels[job->groups.padded];
+    if (!stream) job->at_once = min_int(job->at_once, 2);
+    job->chunks = min_int(job->b->thread_count * share, divide_up(job->panels, job->at_once));
+    cpu_threads_run(threads, run_chunk, job, job->chunks);
 }
