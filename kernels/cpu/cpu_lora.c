@@ -17,13 +17,13 @@
 
 enum {
     PIECE_BYTES = 4096,           // of a row of A at a time
-    NARROW_INLINE_MAX = 65536,    // elements of x the caller narrows alone
-    NARROW_ROWS = 16,             // of x that a thread narrows at a time
+    NARROW_INLINE_MAX = 8192,     // elements of x the caller narrows alone
+    NARROW_ROWS = 4,              // of x that a thread narrows at a time
     ITEM_RANKS = 16,              // of a shrink item
     ITEM_TOKENS = 64,
     SHRINK_CHUNK_BYTES = 64 << 10, // of A, about, that are worth a chunk of their own
-    SHRINK_CHUNKS = 6,            // a thread
-    EXPAND_CHUNKS = 2,            // a thread: long runs of B are read faster than short ones
+    SHRINK_CHUNKS = 4,            // a thread: long runs are read faster than short ones
+    EXPAND_CHUNKS = 2,
     EXPAND_COST_MIN = 16384,      // bytes of B, about, that are worth another thread
     EXPAND_AHEAD = 2,             // panels of B: asked for so long before
     V_ROW = LORA_TARGETS_MAX * LORA_RANK_MAX,
@@ -224,15 +224,14 @@ static size_t item_cost(const struct shrink_job *job, const struct shrink_item *
 static int cut_items(struct shrink_job *job, int count) {
     size_t total = 0, cost = 0;
     for (int i = 0; i < count; i++) total += item_cost(job, &job->items[i]);
-    size_t wanted = total / (size_t)(job->b->thread_count * SHRINK_CHUNKS);
-    if (wanted < SHRINK_CHUNK_BYTES) wanted = SHRINK_CHUNK_BYTES;
+    size_t wanted = (size_t)(job->b->thread_count * SHRINK_CHUNKS);
+    if (wanted > total / SHRINK_CHUNK_BYTES) wanted = total / SHRINK_CHUNK_BYTES + 1;
     int chunks = 0;
     job->chunk_first[0] = 0;
     for (int i = 0; i < count; i++) {
         cost += item_cost(job, &job->items[i]);
-        if (cost < wanted && i + 1 < count) continue;
+        if (cost * wanted < total * ((size_t)chunks + 1)) continue;
         job->chunk_first[++chunks] = i + 1;
-        cost = 0;
     }
     return chunks;
 }
@@ -286,8 +285,9 @@ void cpu_lora_shrink(struct backend *b, const struct lora_launch *launch) {
 struct expand_job {
     struct backend *b;
     const struct lora_launch *launch;
-    int chunk_first[LORA_TARGETS_MAX + 1]; // chunks of each target
-    int columns[LORA_TARGETS_MAX];         // of a chunk, a multiple of LORA_PANEL
+    size_t panel_cost[LORA_TARGETS_MAX];
+    size_t cost_first[LORA_TARGETS_MAX + 1]; // of the panels of the targets before
+    int chunks;                              // of equal cost, all targets' panels in a row
 };
 
 // One panel of B of one segment, from column `first` on.
@@ -346,14 +346,9 @@ static void expand_multiply(const struct expand_job *job, struct lora_scratch *s
     }
 }
 
-static void expand_chunk(void *context, int chunk, int thread) {
-    const struct expand_job *job = context;
-    const struct lora_launch *launch = job->launch;
-    struct lora_scratch *scratch = cpu_thread_scratch(job->b, thread);
-    int target = 0;
-    while (chunk >= job->chunk_first[target + 1]) target++;
-    int first = (chunk - job->chunk_first[target]) * job->columns[target];
-    int end = min_int(first + job->columns[target], launch->target[target].out);
+// Columns [first, end) of a target.
+static void expand_columns(const struct expand_job *job, struct lora_scratch *scratch, int target,
+                           int first, int end) {
     struct expand_part part = {.segment = -1, .target = target}, ahead = part;
     bool more = true;
     for (int i = 0; i < EXPAND_AHEAD; i++) more = more && expand_next(job, first, end, &ahead);
@@ -363,8 +358,28 @@ static void expand_chunk(void *context, int chunk, int thread) {
     }
 }
 
-// Work of one output column of a target: bytes of B, and the multiplications of long segments.
-static size_t column_cost(const struct expand_job *job, int target) {
+// The target's column where a chunk begins: the first panel that begins in it, or behind all panels.
+static int chunk_column(const struct expand_job *job, int chunk, int target) {
+    const size_t *first = job->cost_first, total = first[job->launch->target_count];
+    size_t cost = total * (size_t)chunk / (size_t)job->chunks;
+    if (cost <= first[target]) return 0;
+    int out = job->launch->target[target].out;
+    if (cost >= first[target + 1]) return out;
+    size_t panels = (cost - first[target] + job->panel_cost[target] - 1) / job->panel_cost[target];
+    return min_int((int)panels * LORA_PANEL, out);
+}
+
+static void expand_chunk(void *context, int chunk, int thread) {
+    const struct expand_job *job = context;
+    struct lora_scratch *scratch = cpu_thread_scratch(job->b, thread);
+    for (int target = 0; target < job->launch->target_count; target++) {
+        int first = chunk_column(job, chunk, target), end = chunk_column(job, chunk + 1, target);
+        if (first < end) expand_columns(job, scratch, target, first, end);
+    }
+}
+
+// Work of one panel of a target: bytes of B, and the multiplications of long segments.
+static size_t panel_cost(const struct expand_job *job, int target) {
     size_t cost = 0;
     for (int s = 0; s < job->launch->segment_count; s++) {
         int tokens = job->launch->segments[s].token_count;
@@ -372,26 +387,21 @@ static size_t column_cost(const struct expand_job *job, int target) {
         cost += (size_t)segment_rank(job->launch, s, target) *
                 (job->b->shape.elem_bytes + (size_t)tokens / 4);
     }
-    return cost;
+    return cost * LORA_PANEL;
 }
 
 void cpu_lora_expand(struct backend *b, const struct lora_launch *launch) {
     launch_verify(b, launch);
     struct expand_job job = {.b = b, .launch = launch};
-    size_t total = 0;
-    for (int target = 0; target < launch->target_count; target++)
-        total += column_cost(&job, target) * (size_t)launch->target[target].out;
-    if (total == 0) return;
-    size_t wanted = total / (size_t)(b->thread_count * EXPAND_CHUNKS);
-    if (wanted < EXPAND_COST_MIN) wanted = EXPAND_COST_MIN;
     for (int target = 0; target < launch->target_count; target++) {
-        size_t cost = column_cost(&job, target), out = (size_t)launch->target[target].out;
-        size_t columns = cost ? round_up(wanted / cost + 1, LORA_PANEL) : 0;
-        if (columns > out) columns = round_up(out, LORA_PANEL);
-        job.columns[target] = (int)columns;
-        job.chunk_first[target + 1] =
-            job.chunk_first[target] + (cost ? (int)((out + columns - 1) / columns) : 0);
+        job.panel_cost[target] = panel_cost(&job, target);
+        job.cost_first[target + 1] =
+            job.cost_first[target] +
+            job.panel_cost[target] * (size_t)divide_up(launch->target[target].out, LORA_PANEL);
     }
+    size_t total = job.cost_first[launch->target_count];
+    if (total == 0) return;
+    job.chunks = min_int(b->thread_count * EXPAND_CHUNKS, (int)(total / EXPAND_COST_MIN) + 1);
     cpu_threads_scratch(b, sizeof(struct lora_scratch));
-    cpu_threads_run(b->threads, expand_chunk, &job, job.chunk_first[launch->target_count]);
+    cpu_threads_run(b->threads, expand_chunk, &job, job.chunks);
 }
