@@ -43,8 +43,8 @@ struct backend_options {
 };
 
 // The pool block: layer l of page p starts at byte (l * page_count + p) * page_elems * elem_bytes.
-// A KV page holds K[K][PAGE_TOKENS][D] then V[K][PAGE_TOKENS][D], so
-// page_elems = 2 * K * PAGE_TOKENS * D. Elements have the backend's dtype.
+// A KV page holds K and V of PAGE_TOKENS tokens, page_elems = 2 * K * PAGE_TOKENS * D, in whatever
+// order the backend likes. Elements have the backend's dtype.
 struct pool_shape {
     int layers, page_count, kv_heads, head_size;
     size_t page_elems;

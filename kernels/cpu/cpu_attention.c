@@ -2,9 +2,9 @@
 //
 // DESIGN. The work is cut into items: (span, kv head, block of query tokens). The query heads that
 // share a kv head are rows of one matrix, so each page's K and V are read once for all of them. An
-// item walks its context in parts of PART_TOKENS at fixed positions: scores by tiles over
-// transposed K pages, softmax of the part (maximum, exponentials, sum), then P V by tiles over V
-// pages; parts are merged left to right by their maxima (as in arXiv 1805.02867). When there are
+// item walks its context in parts of PART_TOKENS at fixed positions: scores by tiles over K, which
+// lies in its pages as panels (cpu_kv.h), softmax of the part (maximum, exponentials, sum), then P V by
+// tiles over V; parts are merged left to right by their maxima (as in arXiv 1805.02867). When there are
 // fewer items than threads want, each part becomes an item of its own and the merge runs after;
 // since parts and their order are the same, so are the bits, whatever else is in the step.
 //
@@ -12,7 +12,7 @@
 // K and of V are multiplied as they lie in the pages; sums, maxima and merging stay f32.
 //
 // It never reads a V slot past the end of the context: pool pages may hold anything there.
-#include "kernels/cpu/cpu_internal.h"
+#include "kernels/cpu/cpu_kv.h"
 
 #include "base/verify.h"
 
@@ -50,8 +50,7 @@ struct attention_job {
 struct buffers {
     float *q;       // groups of rows packed for tiles, scaled
     float *rows;    // one group of rows before packing
-    uint32_t *keys; // words of k [16]: f32, or pairs of bf16
-    float *values;  // [16][D_padded] f32, or pairs of tokens [8][D_padded]
+    float *values;  // of a page's V, where it cannot be used in place (cpu_kv.h)
     float *scores;  // [rows][PART_TOKENS]
     float *weights; // groups packed: [PART_TOKENS][R]
     float *part, *sum; // [rows][2 + D_padded]: of this part, and of those before it
@@ -65,16 +64,13 @@ static size_t carve(char *base, size_t *used, size_t elements, float **out) {
 static size_t buffers_carve(const struct attention_job *job, char *base, struct buffers *buf) {
     size_t used = 0, rows = (size_t)job->rows_max, D = (size_t)job->D_padded;
     size_t packed_rows = rows * 2 + TILE_ROWS_MAX; // padding less than doubles a group
-    float *keys = NULL;
     carve(base, &used, packed_rows * D + 4 * TILE_ROWS_MAX, &buf->q);
     carve(base, &used, TILE_ROWS_MAX * D, &buf->rows);
-    carve(base, &used, D * PANEL, &keys);
     carve(base, &used, PAGE_TOKENS * D, &buf->values);
     carve(base, &used, rows * PART_TOKENS, &buf->scores);
     carve(base, &used, packed_rows * PART_TOKENS + 4 * TILE_ROWS_MAX, &buf->weights);
     carve(base, &used, rows * (2 + D), &buf->part);
     carve(base, &used, rows * (2 + D), &buf->sum);
-    buf->keys = (uint32_t *)(void *)keys;
     return used;
 }
 
@@ -116,41 +112,7 @@ static void pack_queries(const struct attention_job *job, const struct item *ite
     }
 }
 
-// ------------------------------------------------------------------ pages into tiles
-
-// K of one page and kv head as a panel.
-static const uint32_t *page_keys(const struct attention_job *job, const char *page, int head,
-                                 struct buffers *buf) {
-    size_t row_bytes = (size_t)job->D * job->b->shape.elem_bytes;
-    const char *first = page + (size_t)head * PAGE_TOKENS * row_bytes;
-    const uint32_t *rows[PANEL];
-    for (int i = 0; i < PANEL; i++)
-        rows[i] = (const uint32_t *)(const void *)(first + (size_t)i * row_bytes);
-    job->b->kernels->transpose(buf->keys, rows, (int)(row_bytes / 4));
-    return buf->keys;
-}
-
-// The first `count` tokens of V: f32 [count][D_padded], or pairs of tokens [count / 2][D_padded].
-static const float *page_values(const struct attention_job *job, const char *page, int head,
-                                int count, struct buffers *buf) {
-    size_t D = (size_t)job->D, padded = (size_t)job->D_padded, bytes = job->b->shape.elem_bytes;
-    const char *first = page + (size_t)(job->K + head) * PAGE_TOKENS * D * bytes;
-    bool f32 = job->b->dtype == DTYPE_F32;
-    if (f32 && D == padded) return (const float *)(const void *)first;
-    for (int i = 0, row = 0; i < count; i += f32 ? 1 : 2, row++) {
-        float *to = buf->values + (size_t)row * padded;
-        const char *from = first + (size_t)i * D * bytes;
-        const char *second = i + 1 < count ? from + D * bytes : NULL;
-        if (f32) memcpy(to, from, D * sizeof *to);
-        else
-            job->b->kernels->pair_rows((uint32_t *)(void *)to, (const uint16_t *)(const void *)from,
-                                       (const uint16_t *)(const void *)second, job->D);
-        memset(to + D, 0, (padded - D) * sizeof *to);
-    }
-    return buf->values;
-}
-
-// ------------------------------------------------------------------ one part of the context
+// ------------------------------------------------------------------ a part of the context
 
 // scores[rows][n rounded up to pages] for positions from `first` on.
 static void part_scores(const struct attention_job *job, const struct item *item,
@@ -158,8 +120,8 @@ static void part_scores(const struct attention_job *job, const struct item *item
                         struct buffers *buf) {
     const int32_t *pages = job->spans[item->span].pages + first / PAGE_TOKENS;
     for (int at = 0; at < n; at += PAGE_TOKENS) {
-        const char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
-        const uint32_t *keys = page_keys(job, page, item->head, buf);
+        char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
+        const uint32_t *keys = cpu_kv_keys(job->b, page, item->head);
         for (int g = 0; g < groups->count; g++) {
             struct cpu_tile tile = {
                 .x = buf->q + (size_t)g * (size_t)groups->padded * (size_t)job->D, .w = keys,
@@ -203,9 +165,10 @@ static void part_values(const struct attention_job *job, const struct item *item
                  buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS, PART_TOKENS,
                  group_rows(groups, g, rows), n);
     for (int at = 0; at < n; at += PAGE_TOKENS) {
-        const char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
+        char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
         int count = min_int(PAGE_TOKENS, n - at);
-        const float *values = page_values(job, page, item->head, count, buf);
+        const uint32_t *values = cpu_kv_values(job->b, page, item->head, count,
+                                               (uint32_t *)(void *)buf->values);
         for (int g = 0; g < groups->count; g++) {
             int height = group_rows(groups, g, rows);
             int R = kernels->tile_rows[height], all = job->D_padded / PANEL;
@@ -253,7 +216,7 @@ static void attention_chunk(void *context, int chunk, int thread) {
     const struct item *item = &job->items[chunk];
     int rows = item->token_count * job->G;
     struct row_groups groups = cpu_row_groups(job->b->kernels, rows);
-    struct buffers buf;
+    struct buffers buf = {NULL};
     buffers_carve(job, cpu_thread_scratch(job->b, thread), &buf);
     size_t stride = result_stride(job);
     pack_queries(job, item, &groups, rows, &buf);

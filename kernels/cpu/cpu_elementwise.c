@@ -1,7 +1,7 @@
 // The operations that touch each activation once: embed, rms_norm, RoPE with the write of K and V,
 // silu_mul, gather_rows. Engine thread. Rows are independent, so a step of many rows is cut by
 // rows; a small one runs on the calling thread, which is quicker than waking another.
-#include "kernels/cpu/cpu_internal.h"
+#include "kernels/cpu/cpu_kv.h"
 
 #include "base/verify.h"
 
@@ -99,21 +99,21 @@ static void rope_row(struct rows_job *job, int row) {
     const struct pool_shape *shape = &job->b->shape;
     const struct cpu_kernels *kernels = job->b->kernels;
     int D = shape->head_size, K = shape->kv_heads, Q = job->query_heads;
-    float *qkv = job->x + (size_t)row * (size_t)(Q + 2 * K) * (size_t)D;
+    size_t width = (size_t)(Q + 2 * K) * (size_t)D;
+    float *qkv = job->x + (size_t)row * width;
     size_t angle = (size_t)job->ids[row] * (size_t)(D / 2);
     for (int head = 0; head < Q + K; head++)
         kernels->rotate(qkv + (size_t)head * (size_t)D, job->cosines + angle, job->sines + angle,
                         D / 2);
 
     int32_t slot = job->slots[row];
-    char *page = cpu_page(job->b, job->layer, slot / PAGE_TOKENS);
-    for (int head = 0; head < 2 * K; head++) { // K's heads, then V's
-        const float *from = qkv + (size_t)(Q + head) * (size_t)D;
-        size_t at = ((size_t)head * PAGE_TOKENS + (size_t)(slot % PAGE_TOKENS)) * (size_t)D;
-        if (shape->elem_bytes == sizeof(float))
-            memcpy((float *)(void *)page + at, from, (size_t)D * sizeof *from);
-        else kernels->narrow((uint16_t *)(void *)page + at, from, (size_t)D);
-    }
+    const float *k = qkv + (size_t)Q * (size_t)D, *v = k + (size_t)K * (size_t)D;
+    cpu_kv_write_keys(job->b, job->layer, slot, k);
+    // In bf16 two tokens share words: the first's row writes both, for rows may be other threads'.
+    bool shares = shape->elem_bytes == 2, first = slot % 2 == 0;
+    if (shares && !first && row > 0 && job->slots[row - 1] == slot - 1) return;
+    bool both = shares && first && row + 1 < job->rows && job->slots[row + 1] == slot + 1;
+    cpu_kv_write_values(job->b, job->layer, slot, v, both ? v + width : NULL);
 }
 
 void cpu_rope_and_kv_write(struct backend *b, int layer, void *qkv, const float *cosines,

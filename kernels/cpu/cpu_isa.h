@@ -3,8 +3,8 @@
 // that knows about pages, segments, spans or threads lies above this table and is compiled once.
 //
 // The centre is the tile: y[R rows, 16 columns a panel] (+)= x[R, k] * w[k, 16]. A panel is 16
-// columns of a matrix with k running outwards. Base weights are stored as panels; attention turns
-// pages into panels on the fly (transpose) and then uses the same tile. LoRA reads rows as they lie.
+// columns of a matrix with k running outwards. Base weights are stored as panels, and so is K in its
+// pages. LoRA reads rows as they lie.
 // Each y element is one accumulator that runs over k in ascending order, whatever R and the number
 // of panels: a row's result does not depend on the rows beside it.
 #ifndef LORAD_KERNELS_CPU_ISA_H

@@ -76,8 +76,9 @@ static void attention_rig_deinit(struct attention_rig *rig, struct backend *b) {
     ops->memory_destroy(b, rig->pool.pool);
 }
 
-// Rotates and writes every token of the contexts; the step's tokens stay in rig->qkv, rotated.
-static void attention_rig_write(struct attention_rig *rig, struct backend *b) {
+// Rotates and writes every token of the contexts, in steps of `a_step` tokens; the step's tokens stay
+// in rig->qkv, rotated.
+static void attention_rig_write(struct attention_rig *rig, struct backend *b, int a_step) {
     int width = (rig->c->query_heads + 2 * rig->c->kv_heads) * rig->c->head_size;
     for (int s = 0; s < rig->c->span_count; s++) {
         const struct attention_span *span = &rig->spans[s];
@@ -89,8 +90,11 @@ static void attention_rig_write(struct attention_rig *rig, struct backend *b) {
             positions[i] = i;
             slots[i] = span->pages[i / PAGE_TOKENS] * PAGE_TOKENS + i % PAGE_TOKENS;
         }
-        ops->rope_and_kv_write(b, LAYER, copy, rig->cosines, rig->sines, positions, slots,
-                               span->context, rig->c->query_heads);
+        for (int at = 0, count; at < span->context; at += count) {
+            count = span->context - at < a_step ? span->context - at : a_step;
+            ops->rope_and_kv_write(b, LAYER, copy + at * width, rig->cosines, rig->sines,
+                                   positions + at, slots + at, count, rig->c->query_heads);
+        }
         ops->synchronize(b);
         int first = span->context - span->token_count;
         memcpy(rig->qkv + span->token_first * width, copy + first * width,
@@ -110,6 +114,17 @@ static double reference_rotated(const struct attention_rig *rig, int s, int posi
     return i < half ? h[i] * cosine - h[i + half] * sine : h[i] * cosine + h[i - half] * sine;
 }
 
+// Where element i of K (or V) of token `token` of a page lies in its head's part: in rows, but on the
+// CPU as kernels/cpu/cpu_kv.h says.
+static size_t cache_place(const struct attention_rig *rig, bool is_v, int token, int i) {
+    int D = rig->c->head_size;
+    bool rows = strcmp(ops->name, "cpu") != 0, pairs = rig->pool.dtype == DTYPE_BF16;
+    if (rows || (is_v && !pairs)) return (size_t)(token * D + i);
+    if (is_v) return (size_t)((token / 2 * D + i) * 2 + token % 2);
+    return pairs ? (size_t)((i / 2 * PAGE_TOKENS + token) * 2 + i % 2)
+                 : (size_t)(i * PAGE_TOKENS + token);
+}
+
 // K and V as the pool holds them, in double, checked against RoPE on the way.
 static void reference_cache(const struct attention_rig *rig, int s, int kv_head, double *k,
                             double *v) {
@@ -119,9 +134,9 @@ static void reference_cache(const struct attention_rig *rig, int s, int kv_head,
     for (int p = 0; p < rig->spans[s].context; p++)
         for (int i = 0; i < D; i++) {
             int32_t page = rig->spans[s].pages[p / PAGE_TOKENS];
-            size_t in_head = (size_t)(p % PAGE_TOKENS * D + i);
-            size_t k_at = (size_t)(kv_head * PAGE_TOKENS * D) + in_head;
-            size_t v_at = (size_t)((c->kv_heads + kv_head) * PAGE_TOKENS * D) + in_head;
+            int token = p % PAGE_TOKENS, v_head = c->kv_heads + kv_head;
+            size_t k_at = (size_t)(kv_head * PAGE_TOKENS * D) + cache_place(rig, false, token, i);
+            size_t v_at = (size_t)(v_head * PAGE_TOKENS * D) + cache_place(rig, true, token, i);
             k[p * D + i] = pool_element(&rig->pool, LAYER, page, k_at);
             v[p * D + i] = pool_element(&rig->pool, LAYER, page, v_at);
             double rotated = reference_rotated(rig, s, p, c->query_heads + kv_head, i);
@@ -172,7 +187,7 @@ static void attention_check(struct backend *b, const struct setup *setup,
                             const struct attention_case *c) {
     static struct attention_rig rig;
     attention_rig_init(&rig, b, setup->dtype, c);
-    attention_rig_write(&rig, b);
+    attention_rig_write(&rig, b, random_between(0, 1) ? 1100 : random_between(1, 7));
     size_t row = (size_t)(c->query_heads * c->head_size), D = (size_t)c->head_size;
     float *y = random_floats((size_t)rig.tokens * row);
     float *alone = random_floats((size_t)rig.tokens * row);
