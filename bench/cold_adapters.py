@@ -312,9 +312,6 @@ def main():
     save(options.out, "10,000 registered adapters against 5; cold adapters beside a stream; "
                       "160M-parameter model, dummy weights, bf16",
          "python3 bench/cold_adapters.py", results, read_bytes_per_s=bandwidth)
-    for part in ("fit", "calm", "thrash"):
-        print(part, json.dumps({k: v for k, v in results[part].items() if k != "runs" and
-                                not isinstance(v, dict) or "min" in v}))
 
 
 if __name__ == "__main__":
