@@ -3,10 +3,10 @@
 // DESIGN. The work is cut into items: (span, kv head, block of query tokens). The query heads that
 // share a kv head are rows of one matrix, so each page's K and V are read once for all of them. An
 // item walks its context in parts of PART_TOKENS at fixed positions: scores by tiles over K, which
-// lies in its pages as panels (cpu_kv.h), softmax of the part (maximum, exponentials, sum), then P V by
-// tiles over V; parts are merged left to right by their maxima (as in arXiv 1805.02867). When there are
-// fewer items than threads want, each part becomes an item of its own and the merge runs after;
-// since parts and their order are the same, so are the bits, whatever else is in the step.
+// lies in its pages as panels (cpu_kv.h), softmax of the part (maximum, exponentials, sum), then
+// P V by tiles over V; parts are merged left to right by their maxima (as in arXiv 1805.02867). When
+// there are fewer items than threads want, each part becomes an item of its own and the merge runs
+// after; since parts and their order are the same, so are the bits, whatever else is in the step.
 //
 // In bf16, q and the softmax's weights are rounded to bf16 as x is for any matmul, so that pairs of
 // K and of V are multiplied as they lie in the pages; sums, maxima and merging stay f32.

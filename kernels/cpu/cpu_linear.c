@@ -9,8 +9,8 @@
 
 #include <stdlib.h>
 
-// Of a many-token matmul: 16 KiB of each for a piece of k, half a megabyte in the second-level cache.
-// The more there are, the fewer times the rows' x comes from further away.
+// Of a many-token matmul: 16 KiB of each for a piece of k, half a megabyte in the second-level
+// cache. The more there are, the fewer times the rows' x comes from further away.
 enum { BLOCK_PANELS = 32 };
 
 struct linear {

@@ -358,7 +358,7 @@ static void expand_columns(const struct expand_job *job, struct lora_scratch *sc
     }
 }
 
-// The target's column where a chunk begins: the first panel that begins in it, or behind all panels.
+// The target's column where a chunk begins: of the first panel that begins in it, or behind all.
 static int chunk_column(const struct expand_job *job, int chunk, int target) {
     const size_t *first = job->cost_first, total = first[job->launch->target_count];
     size_t cost = total * (size_t)chunk / (size_t)job->chunks;

@@ -142,7 +142,7 @@ INLINE void update_block(const struct cpu_update *u, int column, int count, cons
         }
 #pragma GCC unroll 4
         for (size_t line = 0; line < (size_t)(C * VECTOR_WIDTH) * bytes; line += 64)
-            __builtin_prefetch(next + line, 0, 2); // to the second level: the first has fewer in flight
+            __builtin_prefetch(next + line, 0, 2); // second level: more can be in flight
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
