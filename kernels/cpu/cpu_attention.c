@@ -265,7 +265,7 @@ static int list_items(const struct attention_job *job, int span_count, struct it
             struct item item = {.span = s, .token_first = token};
             item.token_count = min_int(block, span->token_count - token);
             int seen = row_context(job, &item, item.token_count * job->G - 1);
-            item.part_count = (seen + PART_TOKENS - 1) / PART_TOKENS;
+            item.part_count = divide_up(seen, PART_TOKENS);
             for (item.head = 0; item.head < job->K; item.head++, count++) {
                 if (items) items[count] = item;
                 *parts += item.part_count;

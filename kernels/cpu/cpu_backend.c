@@ -116,9 +116,9 @@ void *cpu_thread_scratch(struct backend *b, int thread) {
 
 static struct row_groups groups_of(const struct cpu_kernels *kernels, int rows, int height) {
     struct row_groups groups;
-    int count = (rows + height - 1) / height;
-    groups.rows = (rows + count - 1) / count;
-    groups.count = (rows + groups.rows - 1) / groups.rows;
+    int count = divide_up(rows, height);
+    groups.rows = divide_up(rows, count);
+    groups.count = divide_up(rows, groups.rows);
     groups.padded = kernels->tile_rows[groups.rows];
     return groups;
 }

@@ -33,7 +33,7 @@ static void run_chunk(void *context, int chunk, int thread) {
 static void run_rows(struct rows_job *job, int row_elements) {
     if (job->rows == 0) return;
     job->rows_a_chunk = max_int(1, CHUNK_ELEMENTS / max_int(1, row_elements));
-    int chunks = (job->rows + job->rows_a_chunk - 1) / job->rows_a_chunk;
+    int chunks = divide_up(job->rows, job->rows_a_chunk);
     cpu_threads_run(job->b->threads, run_chunk, job, chunks);
 }
 

@@ -12,8 +12,8 @@ static char *slot_page(const struct backend *b, int layer, int32_t slot) {
 // n words down a column of a panel.
 static void write_column(char *panel, int column, const void *words, int n) {
     uint32_t *to = (uint32_t *)(void *)panel + column;
-    const uint32_t *from = words;
-    for (int i = 0; i < n; i++) to[i * PAGE_TOKENS] = from[i];
+    const char *from = words;
+    for (int i = 0; i < n; i++) memcpy(to + i * PAGE_TOKENS, from + 4 * i, sizeof *to);
 }
 
 void cpu_kv_write_keys(const struct backend *b, int layer, int32_t slot, const float *k) {
@@ -23,7 +23,7 @@ void cpu_kv_write_keys(const struct backend *b, int layer, int32_t slot, const f
         char *panel = kv_head(b, page, head);
         if (b->dtype == DTYPE_F32) write_column(panel, column, k, D);
         for (int at = 0; b->dtype == DTYPE_BF16 && at < D; at += PART) {
-            _Alignas(uint32_t) uint16_t rounded[PART];
+            uint16_t rounded[PART];
             int count = min_int(PART, D - at);
             b->kernels->narrow(rounded, k + at, (size_t)count);
             write_column(panel + (size_t)at * PAGE_TOKENS * 2, column, rounded, count / 2);

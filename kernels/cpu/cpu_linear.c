@@ -97,7 +97,7 @@ enum status cpu_linear_create(struct backend *b, const void *weights, enum dtype
     struct linear *l = mem_zalloc(1, sizeof *l);
     l->out = out;
     l->in = in;
-    l->panels = (out + PANEL - 1) / PANEL;
+    l->panels = divide_up(out, PANEL);
     l->words = b->dtype == DTYPE_BF16 ? (in + 1) / 2 : in;
     if (b->quantization != QUANT_NONE || b->dnnl) {
         enum status status = b->dnnl ? create_dnnl(b, weights, dtype, l, err)

@@ -251,7 +251,7 @@ static void narrow_x(struct shrink_job *job) {
     job->narrowed = cpu_scratch(job->b, SCRATCH_PACKED_X, (size_t)job->token_end * in * 2);
     job->x = (const char *)job->narrowed;
     int tokens = job->token_end - job->token_first;
-    int chunks = (tokens + NARROW_ROWS - 1) / NARROW_ROWS;
+    int chunks = divide_up(tokens, NARROW_ROWS);
     if ((size_t)tokens * in <= NARROW_INLINE_MAX)
         for (int i = 0; i < chunks; i++) narrow_rows(job, i, 0);
     else cpu_threads_run(job->b->threads, narrow_rows, job, chunks);

@@ -142,7 +142,7 @@ enum status cpu_quant_create(struct backend *b, const void *weights, enum dtype 
     struct quant_linear *l = mem_zalloc(1, sizeof *l);
     l->out = out;
     l->in = in;
-    l->panels = (out + PANEL - 1) / PANEL;
+    l->panels = divide_up(out, PANEL);
     l->four = b->quantization == QUANT_INT4;
     l->group_words = GROUP_WORDS_INT8;
     if (l->four) {
@@ -152,7 +152,7 @@ enum status cpu_quant_create(struct backend *b, const void *weights, enum dtype 
         free(row);
     }
     l->words = (in + 1) / 2;
-    l->groups = (l->words + l->group_words - 1) / l->group_words;
+    l->groups = divide_up(l->words, l->group_words);
     l->panel_bytes = (l->four ? (size_t)(l->words + 1) / 2 : (size_t)l->words) * 2 * PANEL;
     size_t scales = (size_t)l->panels * (size_t)l->groups * PANEL;
     l->panel = cpu_memory((size_t)l->panels * l->panel_bytes);
