@@ -181,10 +181,11 @@ static void part_values(const struct attention_job *job, const struct item *item
                     .w = values + column * PANEL, .panel_stride = PANEL,
                     .k_stride = (size_t)job->D_padded, .k = bf16 ? (count + 1) / 2 : count,
                     .rows = height,
-                    .panels = step, .add = at > 0,
+                    .panels = step,
                     .y = buf->part + (size_t)g * (size_t)groups->rows * stride + 2 +
                          column * PANEL,
-                    .y_stride = stride};
+                    .from_stride = stride, .y_stride = stride};
+                if (at > 0) tile.from = tile.y;
                 cpu_multiply(job->b, &tile);
             }
         }

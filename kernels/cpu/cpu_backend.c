@@ -127,9 +127,8 @@ static struct row_groups groups_of(const struct cpu_kernels *kernels, int rows, 
 struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows) {
     VERIFY_OP(rows, >, 0);
     if (rows <= kernels->tile_rows_max) return groups_of(kernels, rows, kernels->tile_rows_max);
-    int most = min_int(kernels->tile_rows_many + 2, kernels->tile_rows_max);
     struct row_groups best = groups_of(kernels, rows, kernels->tile_rows_many);
-    for (int height = kernels->tile_rows_many + 1; height <= most; height++) {
+    for (int height = kernels->tile_rows_many + 1; height <= kernels->tile_rows_many_max; height++) {
         struct row_groups groups = groups_of(kernels, rows, height);
         if (groups.count * groups.padded < best.count * best.padded) best = groups;
     }

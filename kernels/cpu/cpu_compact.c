@@ -135,21 +135,28 @@ size_t cpu_compact_bytes(const struct compact *c) {
 
 // ------------------------------------------------------------------ in a step
 
-void cpu_compact_multiply(const struct compact *c, const struct cpu_tile *tile, int panel,
-                          int first, uint32_t *expanded, size_t expanded_stride) {
+const char *cpu_compact_codes(const struct compact *c, int panel, int first, int count) {
+    return (const char *)codes_at(c, panel, first, count);
+}
+
+void cpu_compact_multiply(const struct compact *c, struct cpu_tile *tile, int panel, int first,
+                          uint32_t *expanded, size_t expanded_stride) {
     struct cpu_compact_tile compact = {
-        .tile = *tile,
+        .tile = tile,
         .code_stride = (size_t)(tile->k / COMPACT_WORDS) * COMPACT_BYTES,
         .first = (uint32_t)first,
         .expanded_stride = expanded_stride,
     };
-    int at_once = tile->rows > ROWS_BESIDE_MAX ? 1 : tile->panels;
-    compact.tile.panels = at_once;
-    for (int i = 0; i < tile->panels; i += at_once) {
-        compact.tile.y = tile->y + i * PANEL;
+    // The tile is not copied: reading whole what was just written in parts waits for all stores
+    // before it, those of sums that miss the caches among them.
+    int panels = tile->panels, at_once = tile->rows > ROWS_BESIDE_MAX ? 1 : panels;
+    tile->panels = at_once;
+    for (int i = 0; i < panels; i += at_once) {
         compact.codes = codes_at(c, panel + i, first, tile->k);
         compact.panels = &c->panels[panel + i];
         compact.expanded = expanded ? expanded + (size_t)i * expanded_stride : NULL;
         c->kernels->tile_compact(&compact);
+        tile->y += at_once * PANEL;
+        if (tile->from) tile->from += at_once * PANEL;
     }
 }

@@ -18,9 +18,11 @@ void cpu_compact_pack(struct compact *c, int panel, const uint32_t *words);
 bool cpu_compact_fits(const struct compact *c);
 size_t cpu_compact_bytes(const struct compact *c);
 
-// The tile with panels from `panel` on, from word `first`, in place of its w. `expanded`: NULL, or where
-// the words are left as they are multiplied (struct cpu_compact_tile).
-void cpu_compact_multiply(const struct compact *c, const struct cpu_tile *tile, int panel,
-                          int first, uint32_t *expanded, size_t expanded_stride);
+// The tile with panels from `panel` on, from word `first`, in place of its w; the tile is used up.
+// `expanded`: NULL, or where the words are left as they are multiplied (struct cpu_compact_tile).
+void cpu_compact_multiply(const struct compact *c, struct cpu_tile *tile, int panel, int first,
+                          uint32_t *expanded, size_t expanded_stride);
+// Where the codes of words [first, first + count), a piece, of a panel lie; the next panel's follow.
+const char *cpu_compact_codes(const struct compact *c, int panel, int first, int count);
 
 #endif

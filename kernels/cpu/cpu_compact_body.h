@@ -52,17 +52,26 @@ INLINE void put_exceptions(vu words[2], uint32_t at, const struct compact_except
 INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, const int C) {
     const __m512i nibble = _mm512_set1_epi8(0x0f);
     vf acc[TILE_VECTORS_MAX];
-    tile_begin(&t->tile, acc, R, C);
+    tile_begin(t->tile, acc, R, C);
     const struct compact_exception *exception[TILE_PANELS_MAX];
+    __m512i high_bytes[TILE_PANELS_MAX];
+    const uint32_t first_word = t->first;
+#pragma GCC unroll 4
     for (int c = 0; c < C; c++) {
         exception[c] = t->panels[c].exceptions;
-        while (exception[c]->at < 2 * PANEL * t->first) exception[c]++;
+        while (exception[c]->at < 2 * PANEL * first_word) exception[c]++;
+        high_bytes[c] = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)t->panels[c].table));
     }
-    const pair_x *x = t->tile.x;
+    const pair_x *x = t->tile->x;
     const uint8_t *codes = t->codes;
-    const int groups = t->tile.k / COMPACT_WORDS, ahead = PREFETCH_BYTES / COMPACT_BYTES / C;
+    // Here, because the compiler must take what is stored in `expanded` for any of t.
+    uint32_t *expanded = t->expanded;
+    const size_t code_stride = t->code_stride, expanded_stride = t->expanded_stride;
+    const int groups = t->tile->k / COMPACT_WORDS, ahead = PREFETCH_BYTES / COMPACT_BYTES / C;
+    const char *ask = t->tile->ask;
+    uint32_t asked = 0, ask_step = t->tile->ask_step;
     for (int g = 0; g < groups; g++, codes += COMPACT_BYTES) {
-        ask_for_sums(&t->tile, g, C);
+        ask_for_sums(t->tile, g, C);
         const uint8_t *next = codes + ahead_at(g, ahead, groups, C) * COMPACT_BYTES;
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
@@ -70,24 +79,27 @@ INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, con
             uint32_t word = (uint32_t)(g * COMPACT_WORDS + 2 * half);
 #pragma GCC unroll 4
             for (int c = 0; c < C; c++) {
-                const uint8_t *from = codes + (size_t)c * t->code_stride;
-                const uint8_t *later = next + (size_t)c * t->code_stride;
-                __builtin_prefetch(later + 64 + 64 * half);
-                if (half == 0) __builtin_prefetch(later);
-                __m512i high_bytes = _mm512_broadcast_i32x4(
-                    _mm_loadu_si128((const void *)t->panels[c].table));
+                const uint8_t *from = codes + (size_t)c * code_stride;
+                const uint8_t *later = next + (size_t)c * code_stride;
+                if (ask) {
+                    asked = ask_next(ask, asked, ask_step);
+                    asked = ask_next(ask, asked, ask_step);
+                } else {
+                    __builtin_prefetch(later + 64 + 64 * half);
+                    if (half == 0) __builtin_prefetch(later);
+                }
                 __m512i code = bytes_load(from), low = bytes_load(from + 64 + 64 * half);
                 if (half == 1) code = _mm512_srli_epi16(code, 4);
-                __m512i high = _mm512_shuffle_epi8(high_bytes, _mm512_and_si512(code, nibble));
+                __m512i high = _mm512_shuffle_epi8(high_bytes[c], _mm512_and_si512(code, nibble));
                 first[c] = (vu)_mm512_unpacklo_epi8(low, high);
                 second[c] = (vu)_mm512_unpackhi_epi8(low, high);
-                if (__builtin_expect(exception[c]->at < 2 * PANEL * (t->first + word + 2), 0)) {
+                if (__builtin_expect(exception[c]->at < 2 * PANEL * (first_word + word + 2), 0)) {
                     vu words[2] = {first[c], second[c]};
-                    put_exceptions(words, t->first + word, &exception[c]);
+                    put_exceptions(words, first_word + word, &exception[c]);
                     first[c] = words[0], second[c] = words[1];
                 }
-                if (!t->expanded) continue;
-                uint32_t *to = t->expanded + (size_t)c * t->expanded_stride + word * PANEL;
+                if (!expanded) continue;
+                uint32_t *to = expanded + (size_t)c * expanded_stride + word * PANEL;
                 vu_store(to, first[c]);
                 vu_store(to + PANEL, second[c]);
             }
@@ -95,7 +107,7 @@ INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, con
             x = word_products(acc, second, x, R, C);
         }
     }
-    tile_end(&t->tile, acc, R, C);
+    tile_end(t->tile, acc, R, C);
 }
 
 #define TILE_COMPACT_FUNCTIONS(R, C)                                                               \
@@ -111,7 +123,7 @@ static compact_tile_function *const tiles_compact[TILE_ROWS_MAX + 1][TILE_PANELS
     TILE_LIST(TILE_COMPACT_ENTRY)};
 
 static void multiply_compact(const struct cpu_compact_tile *t) {
-    tiles_compact[tile_rows[t->tile.rows]][t->tile.panels](t);
+    tiles_compact[tile_rows[t->tile->rows]][t->tile->panels](t);
 }
 
 #else

@@ -93,6 +93,16 @@ static inline size_t piece_words(int panels, int panel, int first, int count) {
     return (size_t)first * (size_t)panels + (size_t)panel * (size_t)count;
 }
 
+// A tile's part of a matmul: y[rows of the group, columns of the panels] over words [first,
+// first + count) of k, adding to what the words before gave. Group 0 comes first, on the same thread as
+// those after it.
+struct panel_part {
+    int thread, chunk_begin; // the chunk's first panel
+    int group, panel, panels;
+    int first, count;
+    int next_panel, next_first; // with panels outside: what follows the last group. -1: nothing
+};
+
 // A base matmul y[T, out] = x[T, in] W^T over panels of 16 columns (cpu_panels.c); who fills this in
 // knows what weights and packed x look like.
 struct panel_job {
@@ -100,6 +110,7 @@ struct panel_job {
     int out, in, panels, words; // words of k
     int block;                  // panels at a time when there are several groups
     int piece;                  // words of k that all panels of a chunk use before the next
+    int stream_panels;          // of a tile, at most, when there is one group
     float *y;
     const float *x;
     int tokens;
@@ -107,13 +118,14 @@ struct panel_job {
     char *packed;       // x, one row group every packed_bytes
     size_t packed_bytes;
     void (*pack)(const struct panel_job *job, int group);
-    // y[rows of the group, columns of the panels] over words [first, first + count) of k, adding to
-    // what the words before gave. Group 0 comes first, on the same thread as those after it.
-    void (*multiply)(const struct panel_job *job, int thread, int group, int panel, int panels,
-                     int first, int count);
+    void (*multiply)(const struct panel_job *job, const struct panel_part *part);
     int at_once, chunks; // cpu_panels_run's own: panels of a tile; parts of the work
 };
 void cpu_panels_run(struct panel_job *job);
+
+static inline bool cpu_panels_outside(const struct panel_job *job) {
+    return job->b->kernels->panels_outside && job->groups.count > 1;
+}
 
 static inline const float *group_input(const struct panel_job *job, int group) {
     return job->x + (size_t)group * (size_t)job->groups.rows * (size_t)job->in;
@@ -123,19 +135,21 @@ static inline char *group_packed(const struct panel_job *job, int group) {
     return job->packed + (size_t)group * job->packed_bytes;
 }
 
-// Where a tile over these columns puts its sums: y, or `edge` when the last columns are not there.
+// Where a tile puts its sums: y, or `edge` when the last columns are not there; `adds`: to what is there.
 struct panel_output {
     float *y, *to;
     size_t stride;
     int columns; // of the edge that are there
 };
-static inline struct panel_output panel_output(const struct panel_job *job, int group, int panel,
-                                               int panels, int first, float *edge) {
-    float *y = job->y + (size_t)group * (size_t)job->groups.rows * (size_t)job->out + panel * PANEL;
+static inline struct panel_output panel_output(const struct panel_job *job,
+                                               const struct panel_part *part, bool adds,
+                                               float *edge) {
     size_t out = (size_t)job->out;
-    int columns = job->out - panel * PANEL, rows = group_rows(&job->groups, group, job->tokens);
-    if (columns >= panels * PANEL) return (struct panel_output){y, y, out, 0};
-    for (int r = 0; first > 0 && r < rows; r++)
+    float *y = job->y + (size_t)(part->group * job->groups.rows) * out + part->panel * PANEL;
+    int columns = job->out - part->panel * PANEL;
+    int rows = group_rows(&job->groups, part->group, job->tokens);
+    if (columns >= part->panels * PANEL) return (struct panel_output){y, y, out, 0};
+    for (int r = 0; adds && r < rows; r++)
         memcpy(edge + r * PANEL, y + (size_t)r * out, (size_t)columns * sizeof *y);
     return (struct panel_output){y, edge, PANEL, columns};
 }

@@ -31,7 +31,7 @@ static double tile_seconds(const struct cpu_kernels *kernels, const struct cpu_t
 
 // In turn, so that what else the machine does meets both.
 static bool pairs_are_faster(void) {
-    enum { WORDS = 256, ROWS = 12, PANELS = 2, TRIES = 24 };
+    enum { WORDS = 256, ROWS = 8, PANELS = 2, TRIES = 24 };
     const size_t w_bytes = PANELS * WORDS * PANEL * sizeof(float);
     char *memory = mem_alloc_aligned(2 * w_bytes);
     memset(memory, 0, 2 * w_bytes);

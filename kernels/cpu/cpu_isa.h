@@ -19,22 +19,25 @@
 enum { PANEL = 16, TILE_ROWS_MAX = 28, TILE_PANELS_MAX = 4 };
 enum { COMPACT_WORDS = 4, COMPACT_BYTES = 192, COMPACT_CODES = 16 };
 
-// How far ahead of the multiply weights are asked for, all panels together: so many cache lines in
-// flight hide the latency of memory behind its bandwidth, whether they come from one panel or four.
-enum { PREFETCH_BYTES = 8192 };
+enum { ASK_UNITS = 256 };
 
 // One call of a tile. `rows` is what is stored; x is packed for tile_rows[rows] rows, k outermost:
 // x[k][R]. Panel c begins at w + c * panel_stride, its k-th row k_stride further (both in elements
 // of 4 bytes: an f32, or a pair of bf16 of two neighbouring k).
 struct cpu_tile {
     const void *x, *w;
-    size_t panel_stride, k_stride;
+    ptrdiff_t panel_stride;
+    size_t k_stride;
     int k;      // f32: elements; bf16: pairs
     int rows;   // 1..tile_rows_max
     int panels; // 1..tile_panels[rows]
-    bool add;   // start from y instead of zero
+    const float *from; // the sums to add to, which may be y; NULL: zero
     float *y;
-    size_t y_stride; // elements from one row to the next; panels lie side by side
+    size_t from_stride, y_stride; // elements from one row to the next; panels lie side by side
+    // bf16: what is asked for meanwhile, a line every ask_step / ASK_UNITS bytes, one for each word of
+    // k and panel. NULL: what lies some way ahead in w.
+    const char *ask;
+    uint32_t ask_step;
 };
 
 // A panel of compact weights (cpu_compact.c): the high bytes that its codes stand for, and the
@@ -51,7 +54,7 @@ struct compact_panel {
 // The tile over compact weights. What it multiplies is left in `expanded` for other rows: panel c's
 // words from expanded + c * expanded_stride on. NULL: nobody else wants them.
 struct cpu_compact_tile {
-    struct cpu_tile tile; // without w and its strides; k: whole COMPACT_WORDS
+    const struct cpu_tile *tile; // without w and its strides; k: whole COMPACT_WORDS
     const uint8_t *codes; // panel c's begin at codes + c * code_stride bytes
     size_t code_stride;
     uint32_t first; // word of k that codes begin with
@@ -109,9 +112,12 @@ struct cpu_update {
 struct cpu_kernels {
     const char *name;
     int tile_rows_max;
-    int tile_rows_many;         // the height for more rows than that: best per multiplication
+    // The height for more rows than that, best per multiplication; up to so many if fewer are wasted.
+    int tile_rows_many, tile_rows_many_max;
     const uint8_t *tile_rows;   // [rows] -> rows the tile computes (and x is packed for)
     const uint8_t *tile_panels; // [rows] -> panels it can take at once: 1, 2 or 4
+    int stream_panels;          // at most so many at once while weights stream from memory
+    bool panels_outside;        // more rows than a tile's meet a few panels at a time (cpu_panels.c)
     bool packs_pairs;           // pack_bf16 makes bf16 pairs; else f32 values rounded to bf16
 
     void (*tile_f32)(const struct cpu_tile *tile);

@@ -12,6 +12,15 @@
 
 enum { PANEL_VECTORS = PANEL / VECTOR_WIDTH, TILE_VECTORS_MAX = 28 };
 
+// How far ahead of the multiply weights are asked for, all panels together: so many cache lines in
+// flight hide the latency of memory behind its bandwidth. Zen, whose set with pairs of bf16 this is,
+// reads one stream faster than four beside each other; others are as fast with four panels.
+#if KERNELS_BF16
+enum { PREFETCH_BYTES = 6144, STREAM_PANELS = 1 };
+#else
+enum { PREFETCH_BYTES = 8192, STREAM_PANELS = TILE_PANELS_MAX };
+#endif
+
 // ------------------------------------------------------------------ the tile
 
 // y += pair . pair, both of bf16; without hardware for it x comes as two floats, and one half of w at
@@ -36,8 +45,8 @@ INLINE void tile_begin(const struct cpu_tile *t, vf *acc, const int R, const int
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 32
         for (int c = 0; c < N; c++)
-            acc[r * N + c] = t->add && r < t->rows
-                                 ? vf_load(t->y + (size_t)r * t->y_stride + c * VECTOR_WIDTH)
+            acc[r * N + c] = t->from && r < t->rows
+                                 ? vf_load(t->from + (size_t)r * t->from_stride + c * VECTOR_WIDTH)
                                  : vf_set(0.0f);
 }
 
@@ -68,7 +77,7 @@ INLINE void tile_f32_body(const struct cpu_tile *t, const int R, const int C) {
         vf columns[TILE_PANELS_MAX * PANEL_VECTORS];
 #pragma GCC unroll 32
         for (int c = 0; c < N; c++)
-            columns[c] = vf_load(w + (size_t)(c / PANEL_VECTORS) * t->panel_stride +
+            columns[c] = vf_load(w + c / PANEL_VECTORS * t->panel_stride +
                                  c % PANEL_VECTORS * VECTOR_WIDTH);
 #pragma GCC unroll 32
         for (int r = 0; r < R; r++)
@@ -109,6 +118,12 @@ INLINE size_t ahead_at(int k, int ahead, int count, const int C) {
     return (size_t)ahead + (k + ahead < count ? 0 : (size_t)(C - 1) * (size_t)count);
 }
 
+// Asks for the line `asked` / ASK_UNITS bytes on; where the next one is.
+INLINE uint32_t ask_next(const char *ask, uint32_t asked, uint32_t step) {
+    __builtin_prefetch(ask + asked / ASK_UNITS);
+    return asked + step;
+}
+
 INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     const int N = C * PANEL_VECTORS;
     vf acc[TILE_VECTORS_MAX];
@@ -116,23 +131,37 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     const uint32_t *w = t->w;
     const pair_x *x = t->x;
     const int ahead = PREFETCH_BYTES / (PANEL * 4) / C;
+    const char *ask = t->ask;
+    uint32_t asked = 0, ask_step = t->ask_step;
     for (int k = 0; k < t->k; k++, w += t->k_stride) {
         const uint32_t *next = w + ahead_at(k, ahead, t->k, C) * PANEL;
 #pragma GCC unroll 4
-        for (int c = 0; c < C; c++) __builtin_prefetch(next + (size_t)c * t->panel_stride);
+        for (int c = 0; c < C; c++)
+            if (ask) asked = ask_next(ask, asked, ask_step);
+            else __builtin_prefetch(next + c * t->panel_stride);
         ask_for_sums(t, k, C);
         vu words[TILE_PANELS_MAX * PANEL_VECTORS];
 #pragma GCC unroll 32
         for (int c = 0; c < N; c++)
-            words[c] = vu_load(w + (size_t)(c / PANEL_VECTORS) * t->panel_stride +
+            words[c] = vu_load(w + c / PANEL_VECTORS * t->panel_stride +
                                c % PANEL_VECTORS * VECTOR_WIDTH);
         x = word_products(acc, words, x, R, N);
     }
     tile_end(t, acc, R, N);
 }
 
-#if VECTOR_WIDTH == 16
-enum { TILE_ROWS_MANY = 14 }; // by two panels: 16 loads for 28 multiplications
+#if KERNELS_BF16
+// Two multiplications and two loads a cycle: eight rows by two panels keep the one busy and the other
+// half free, and the words of two panels that all groups of rows meet fit the first-level cache.
+enum { TILE_ROWS_MANY = 8, TILE_ROWS_MANY_MAX = 8, PANELS_OUTSIDE = 1 };
+#define TILE_LIST(X)                                                                               \
+    X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(2, 4) X(3, 1) X(3, 2) X(3, 4) X(4, 1) X(4, 2)        \
+    X(4, 4) X(6, 1) X(6, 2) X(6, 4) X(8, 1) X(8, 2) X(10, 1) X(12, 1) X(14, 1)
+static const uint8_t tile_rows[] = {0, 1, 2, 3, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
+static const uint8_t tile_panels[] = {0, 4, 4, 4, 4, 4, 4, 2, 2, 1, 1, 1, 1, 1, 1};
+#elif VECTOR_WIDTH == 16
+// By two panels: 16 loads for 28 multiplications.
+enum { TILE_ROWS_MANY = 14, TILE_ROWS_MANY_MAX = 16, PANELS_OUTSIDE = 0 };
 // R * C <= 28 accumulators of 32 registers.
 #define TILE_LIST(X)                                                                               \
     X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(2, 4) X(3, 1) X(3, 2) X(3, 4) X(4, 1) X(4, 2)        \
@@ -143,13 +172,13 @@ static const uint8_t tile_rows[] = {0,  1,  2,  3,  4,  6,  6,  8,  8,  12, 12, 
 static const uint8_t tile_panels[] = {0, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2,
                                       1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 #elif VECTOR_WIDTH == 8
-enum { TILE_ROWS_MANY = 6 };
+enum { TILE_ROWS_MANY = 6, TILE_ROWS_MANY_MAX = 6, PANELS_OUTSIDE = 0 };
 #define TILE_LIST(X)                                                                               \
     X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 static const uint8_t tile_rows[] = {0, 1, 2, 3, 4, 5, 6};
 static const uint8_t tile_panels[] = {0, 4, 2, 2, 1, 1, 1};
 #else
-enum { TILE_ROWS_MANY = 3 };
+enum { TILE_ROWS_MANY = 3, TILE_ROWS_MANY_MAX = 3, PANELS_OUTSIDE = 0 };
 #define TILE_LIST(X) X(1, 1) X(1, 2) X(2, 1) X(3, 1)
 static const uint8_t tile_rows[] = {0, 1, 2, 3};
 static const uint8_t tile_panels[] = {0, 2, 1, 1};
@@ -397,8 +426,11 @@ const struct cpu_kernels KERNELS = {
     .name = KERNELS_NAME,
     .tile_rows_max = sizeof tile_rows - 1,
     .tile_rows_many = TILE_ROWS_MANY,
+    .tile_rows_many_max = TILE_ROWS_MANY_MAX,
     .tile_rows = tile_rows,
     .tile_panels = tile_panels,
+    .stream_panels = STREAM_PANELS,
+    .panels_outside = PANELS_OUTSIDE,
     .packs_pairs = KERNELS_BF16,
     .tile_f32 = tile_f32,
     .tile_bf16 = tile_bf16,

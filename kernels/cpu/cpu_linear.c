@@ -150,41 +150,92 @@ static void pack_group(const struct panel_job *panels, int group) {
              (size_t)panels->in, group_rows(&panels->groups, group, panels->tokens), panels->in);
 }
 
-// A thread's place for a panel that group 0 has expanded for the others: of [BLOCK_PANELS], each
-// [PIECE_WORDS][PANEL].
-static uint32_t *expanded(const struct panel_job *panels, int thread, int panel) {
-    return (uint32_t *)cpu_thread_scratch(panels->b, thread) +
-           (size_t)(panel % BLOCK_PANELS) * PIECE_WORDS * PANEL;
+// A thread's place for what its chunk keeps: panels that group 0 has expanded for the others, of
+// [panels][PIECE_WORDS][PANEL], of BLOCK_PANELS panels, then sums.
+static uint32_t *expanded(const struct panel_job *panels, const struct panel_part *part) {
+    int slot = cpu_panels_outside(panels) ? 0 : part->panel % BLOCK_PANELS;
+    return (uint32_t *)cpu_thread_scratch(panels->b, part->thread) +
+           (size_t)slot * PIECE_WORDS * PANEL;
 }
 
-static void multiply(const struct panel_job *panels, int thread, int group, int panel,
-                     int panel_count, int first, int count) {
+static size_t expanded_bytes(void) {
+    return (size_t)BLOCK_PANELS * PIECE_WORDS * PANEL * sizeof(uint32_t);
+}
+
+// Sums of a chunk, a tile's after the other: between pieces of k they are kept there, because rows of
+// y lie so far apart that they share few sets of a cache.
+static float *tile_sums(const struct panel_job *panels, const struct panel_part *part) {
+    size_t tile_columns = (size_t)(part->panels * PANEL), rows = (size_t)panels->groups.padded;
+    size_t before = (size_t)((part->panel - part->chunk_begin) * PANEL * panels->groups.count);
+    char *scratch = cpu_thread_scratch(panels->b, part->thread);
+    return (float *)(void *)(scratch + expanded_bytes()) +
+           (before + (size_t)part->group * tile_columns) * rows;
+}
+
+static size_t sums_bytes(const struct panel_job *panels) {
+    size_t rows = (size_t)(panels->groups.count * panels->groups.padded);
+    return cpu_panels_outside(panels) ? rows * (size_t)panels->block * PANEL * sizeof(float) : 0;
+}
+
+static void keep_sums(const struct panel_job *panels, const struct panel_part *part, bool last,
+                      struct cpu_tile *tile) {
+    float *sums = tile_sums(panels, part);
+    tile->from_stride = (size_t)(part->panels * PANEL);
+    if (part->first > 0) tile->from = sums;
+    if (last) return;
+    tile->y = sums;
+    tile->y_stride = tile->from_stride;
+}
+
+// While these panels meet all groups, the next ones' weights are asked for, a share beside each group.
+static void ask_for_next(const struct linear_job *job, const struct panel_part *part,
+                         struct cpu_tile *tile) {
+    const struct linear *l = job->linear;
+    int groups = job->panels.groups.count;
+    int count = min_int(PIECE_WORDS, l->words - part->next_first);
+    int bytes = l->compact ? COMPACT_BYTES / COMPACT_WORDS : PANEL * (int)sizeof *l->panel;
+    const char *next =
+        l->compact ? cpu_compact_codes(l->compact, part->next_panel, part->next_first, count)
+                   : (const char *)(l->panel + piece_words(l->panels, part->next_panel,
+                                                           part->next_first, count) * PANEL);
+    tile->ask_step = (uint32_t)(bytes * ASK_UNITS / groups);
+    tile->ask = next + (size_t)part->group * (size_t)(part->panels * part->count * bytes) / (size_t)groups;
+}
+
+static void multiply(const struct panel_job *panels, const struct panel_part *part) {
     const struct linear_job *job = (const struct linear_job *)panels;
     const struct linear *l = job->linear;
-    int rows = group_rows(&panels->groups, group, panels->tokens);
-    uint32_t *w = l->compact ? expanded(panels, thread, panel)
-                             : l->panel + piece_words(l->panels, panel, first, count) * PANEL;
+    int rows = group_rows(&panels->groups, part->group, panels->tokens);
+    uint32_t *w = l->compact ? expanded(panels, part)
+                             : l->panel + piece_words(l->panels, part->panel, part->first,
+                                                      part->count) * PANEL;
     size_t padded = panels->b->kernels->tile_rows[rows];
-    size_t x_at = (size_t)first * cpu_word_units(panels->b) * padded * sizeof(float);
+    size_t x_at = (size_t)part->first * cpu_word_units(panels->b) * padded * sizeof(float);
     float edge[TILE_ROWS_MAX * PANEL];
-    struct panel_output output = panel_output(panels, group, panel, panel_count, first, edge);
+    bool outside = cpu_panels_outside(panels), last = part->first + part->count == l->words;
+    struct panel_output output = panel_output(panels, part, part->first > 0 && !outside, edge);
     struct cpu_tile tile = {
-        .x = group_packed(panels, group) + x_at,
+        .x = group_packed(panels, part->group) + x_at,
         .w = w,
-        .panel_stride = (size_t)(l->compact ? PIECE_WORDS : count) * PANEL,
+        .panel_stride = (l->compact ? PIECE_WORDS : part->count) * PANEL,
         .k_stride = PANEL,
-        .k = count,
+        .k = part->count,
         .rows = rows,
-        .panels = panel_count,
-        .add = first > 0,
+        .panels = part->panels,
+        .from = part->first > 0 ? output.to : NULL,
+        .from_stride = output.stride,
         .y = output.to,
         .y_stride = output.stride,
     };
-    if (l->compact && group == 0)
-        cpu_compact_multiply(l->compact, &tile, panel, first,
-                             panels->groups.count > 1 ? w : NULL, tile.panel_stride);
+    if (outside) {
+        keep_sums(panels, part, last, &tile);
+        if (part->next_panel >= 0) ask_for_next(job, part, &tile);
+    }
+    if (l->compact && part->group == 0)
+        cpu_compact_multiply(l->compact, &tile, part->panel, part->first,
+                             panels->groups.count > 1 ? w : NULL, (size_t)tile.panel_stride);
     else cpu_multiply(panels->b, &tile);
-    panel_finish(panels, &output, rows);
+    if (!outside || last) panel_finish(panels, &output, rows);
 }
 
 void cpu_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
@@ -202,11 +253,11 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
         .panels = {.b = b, .out = linear->out, .in = linear->in, .panels = linear->panels,
                    .words = linear->words, .block = BLOCK_PANELS, .piece = PIECE_WORDS, .y = y,
                    .x = x, .tokens = tokens, .groups = cpu_row_groups(b->kernels, tokens),
-                   .pack = pack_group, .multiply = multiply},
+                   .stream_panels = b->kernels->stream_panels, .pack = pack_group,
+                   .multiply = multiply},
         .linear = linear};
     struct panel_job *panels = &job.panels;
-    if (linear->compact)
-        cpu_threads_scratch(b, (size_t)BLOCK_PANELS * PIECE_WORDS * PANEL * sizeof(uint32_t));
+    cpu_threads_scratch(b, expanded_bytes() + sums_bytes(panels));
     panels->packed_bytes = round_up(cpu_packed_bytes(panels->groups.padded, linear->in), 64);
     panels->packed = cpu_scratch(b, SCRATCH_PACKED_X,
                                  (size_t)panels->groups.count * panels->packed_bytes);

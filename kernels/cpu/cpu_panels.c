@@ -2,13 +2,15 @@
 //
 // k is cut into pieces, so that the rows' x of a piece stays in the first-level cache for all panels of
 // a chunk. Up to tile_rows_max tokens fit one tile: weights stream past once, at memory speed. More
-// tokens are cut into groups; a block of panels that fits, by a piece of k, the second-level cache
-// is then used for every group before moving on. Each output is one accumulator over ascending k,
-// kept in y between pieces, so a token's result has the same bits alone and in any batch.
+// tokens are cut into groups. Either a block of panels that fits, by a piece of k, the second-level
+// cache is used for every group before moving on, and x stays in the first; or, where tiles are low
+// (panels_outside), a tile's panels are, and stay in the first-level cache while groups pass. Each output
+// is one accumulator over ascending k, kept in y or beside it between pieces, so a token's result has
+// the same bits alone and in any batch.
 #include "kernels/cpu/cpu_internal.h"
 
 enum {
-    PACK_INLINE_MAX = 65536, // elements of x the caller packs alone
+    PACK_INLINE_MAX = 16384, // elements of x the caller packs alone
     // Work is claimed in so many parts, so that a slow thread holds nobody back: with one group of
     // rows, and, at least, with several.
     CHUNKS_A_THREAD = 6,
@@ -28,19 +30,46 @@ static int chunk_begin(const struct panel_job *job, int chunk) {
     return min_int((int)first, job->panels);
 }
 
-// The panels of one chunk.
+// The panels of a tile: the last columns, which may not fill a panel, are a tile of their own.
+static int step_at(const struct panel_job *job, int panel, int end) {
+    int whole = job->out / PANEL;
+    int step = min_int(job->at_once, max_int(1, min_int(end, whole) - panel));
+    return step == 3 ? 2 : step;
+}
+
+// A piece of k, a group of rows after the other past all panels of the chunk.
+static void panels_inside(const struct panel_job *job, struct panel_part *part, int end) {
+    for (part->group = 0; part->group < job->groups.count; part->group++)
+        for (part->panel = part->chunk_begin; part->panel < end; part->panel += part->panels) {
+            part->panels = step_at(job, part->panel, end);
+            job->multiply(job, part);
+        }
+}
+
+// A piece of k, a tile's panels after the other past all groups of rows.
+static void panels_outside(const struct panel_job *job, struct panel_part *part, int end) {
+    for (part->panel = part->chunk_begin; part->panel < end; part->panel += part->panels) {
+        part->panels = step_at(job, part->panel, end);
+        part->next_panel = part->panel + part->panels;
+        part->next_first = part->first;
+        if (part->next_panel >= end) {
+            part->next_first = part->first + part->count;
+            part->next_panel = part->next_first < job->words ? part->chunk_begin : -1;
+        }
+        for (part->group = 0; part->group < job->groups.count; part->group++)
+            job->multiply(job, part);
+    }
+}
+
 static void run_chunk(void *context, int chunk, int thread) {
     const struct panel_job *job = context;
-    int whole = job->out / PANEL;
-    int first = chunk_begin(job, chunk), end = chunk_begin(job, chunk + 1);
-    for (int at = 0; at < job->words; at += job->piece)
-        for (int group = 0; group < job->groups.count; group++)
-            for (int panel = first, step; panel < end; panel += step) {
-                step = min_int(job->at_once, max_int(1, min_int(end, whole) - panel));
-                if (step == 3) step = 2;
-                job->multiply(job, thread, group, panel, step, at,
-                              min_int(job->piece, job->words - at));
-            }
+    struct panel_part part = {.thread = thread, .chunk_begin = chunk_begin(job, chunk)};
+    int end = chunk_begin(job, chunk + 1);
+    for (; part.first < job->words; part.first += job->piece) {
+        part.count = min_int(job->piece, job->words - part.first);
+        if (cpu_panels_outside(job)) panels_outside(job, &part, end);
+        else panels_inside(job, &part, end);
+    }
 }
 
 void cpu_panels_run(struct panel_job *job) {
@@ -54,8 +83,8 @@ void cpu_panels_run(struct panel_job *job) {
     if (!stream)
         share = max_int(CHUNKS_MANY_MIN,
                         divide_up(job->panels, job->b->thread_count * job->block));
-    job->at_once = job->b->kernels->tile_panels[job->groups.padded];
-    if (!stream) job->at_once = min_int(job->at_once, 2);
+    job->at_once = min_int(job->b->kernels->tile_panels[job->groups.padded],
+                           stream ? job->stream_panels : 2);
     job->chunks = min_int(job->b->thread_count * share, divide_up(job->panels, job->at_once));
     cpu_threads_run(threads, run_chunk, job, job->chunks);
 }

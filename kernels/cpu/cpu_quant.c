@@ -207,9 +207,8 @@ static void pack_group(const struct panel_job *panels, int group) {
                                    l->group_words);
 }
 
-static void multiply(const struct panel_job *panels, int thread, int group, int panel,
-                     int panel_count, int first, int count) {
-    (void)thread;
+static void multiply(const struct panel_job *panels, const struct panel_part *part) {
+    int group = part->group, panel = part->panel, first = part->first;
     const struct multiply_job *job = (const struct multiply_job *)panels;
     const struct quant_linear *l = job->linear;
     int rows = group_rows(&panels->groups, group, panels->tokens);
@@ -217,7 +216,7 @@ static void multiply(const struct panel_job *panels, int thread, int group, int 
     size_t scale = ((size_t)panel * (size_t)l->groups + quant) * PANEL;
     size_t word_bytes = l->four ? PANEL : 2 * PANEL;
     float edge[TILE_ROWS_MAX * PANEL];
-    struct panel_output output = panel_output(panels, group, panel, panel_count, first, edge);
+    struct panel_output output = panel_output(panels, part, first > 0, edge);
     struct cpu_quant_tile tile = {
         .x = group_packed(panels, group) + (size_t)first * padded * sizeof(uint32_t),
         .w = l->panel + (size_t)panel * l->panel_bytes + (size_t)first * word_bytes,
@@ -227,12 +226,12 @@ static void multiply(const struct panel_job *panels, int thread, int group, int 
         .x_sums = group_sums(job, group) + quant * padded,
         .panel_stride = l->panel_bytes,
         .scale_stride = (size_t)l->groups * PANEL,
-        .words = count,
+        .words = part->count,
         .group_words = l->group_words,
         .rows = rows,
-        .panels = panel_count,
+        .panels = part->panels,
         .add = first > 0,
-        .last = first + count == l->words,
+        .last = first + part->count == l->words,
         .y = output.to,
         .y_stride = output.stride,
     };
@@ -245,7 +244,8 @@ void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, floa
     struct multiply_job job = {
         .panels = {.b = b, .out = linear->out, .in = linear->in, .panels = linear->panels,
                    .words = linear->words, .block = BLOCK_PANELS, .y = y, .x = x, .tokens = tokens,
-                   .groups = cpu_row_groups(b->kernels, tokens), .pack = pack_group,
+                   .groups = cpu_row_groups(b->kernels, tokens),
+                   .stream_panels = TILE_PANELS_MAX, .pack = pack_group,
                    .multiply = multiply},
         .linear = linear};
     struct panel_job *panels = &job.panels;

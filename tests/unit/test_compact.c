@@ -129,17 +129,19 @@ static void check_tiles(const struct cpu_kernels *kernels, const struct compact 
     if (kernels->packs_pairs)
         for (int i = 0; i < TILE_ROWS_MAX * WORDS * 2; i++) ((uint16_t *)(void *)x)[i] = random_weight();
     static uint32_t expanded[PANELS * WORDS * PANEL];
-    for (int rows = 1; rows <= TILE_ROWS_MAX; rows++)
+    for (int rows = 1; rows <= kernels->tile_rows_max; rows++)
         for (int first = 0; first < WORDS; first += PIECE_WORDS) {
             int count = min_int(PIECE_WORDS, WORDS - first), panel_count = kernels->tile_panels[rows];
             float y[2][TILE_ROWS_MAX * TILE_PANELS_MAX * PANEL];
             for (size_t i = 0; i < sizeof y[0] / sizeof **y; i++) y[0][i] = y[1][i] = (float)i;
+            size_t stride = (size_t)panel_count * PANEL;
             struct cpu_tile tile = {.x = x, .w = panels + first * PANEL, .panel_stride = WORDS * PANEL,
                                     .k_stride = PANEL, .k = count, .rows = rows,
-                                    .panels = panel_count, .add = first > 0, .y = y[0],
-                                    .y_stride = (size_t)panel_count * PANEL};
+                                    .panels = panel_count, .from = first > 0 ? y[0] : NULL, .y = y[0],
+                                    .from_stride = stride, .y_stride = stride};
             kernels->tile_bf16(&tile);
             tile.y = y[1];
+            if (first > 0) tile.from = y[1];
             tile.w = NULL;
             memset(expanded, 0, sizeof expanded);
             cpu_compact_multiply(c, &tile, 0, first, first ? expanded : NULL, WORDS * PANEL);
