@@ -50,7 +50,7 @@ struct attention_job {
 struct buffers {
     float *q;       // groups of rows packed for tiles, scaled
     float *rows;    // one group of rows before packing
-    float *values;  // of a page's V, where it cannot be used in place (cpu_kv.h)
+    float *values;  // V of a part, or of a page that cannot be used in place (cpu_kv.h)
     float *scores;  // [rows][PART_TOKENS]
     float *weights; // groups packed: [PART_TOKENS][R]
     float *part, *sum; // [rows][2 + D_padded]: of this part, and of those before it
@@ -66,7 +66,7 @@ static size_t buffers_carve(const struct attention_job *job, char *base, struct 
     size_t packed_rows = rows * 2 + TILE_ROWS_MAX; // padding less than doubles a group
     carve(base, &used, packed_rows * D + 4 * TILE_ROWS_MAX, &buf->q);
     carve(base, &used, TILE_ROWS_MAX * D, &buf->rows);
-    carve(base, &used, PAGE_TOKENS * D, &buf->values);
+    carve(base, &used, PART_TOKENS * D, &buf->values);
     carve(base, &used, rows * PART_TOKENS, &buf->scores);
     carve(base, &used, packed_rows * PART_TOKENS + 4 * TILE_ROWS_MAX, &buf->weights);
     carve(base, &used, rows * (2 + D), &buf->part);
@@ -105,7 +105,7 @@ static void pack_queries(const struct attention_job *job, const struct item *ite
         int count = group_rows(groups, g, rows);
         for (int r = 0; r < count; r++) {
             const float *q = query_row(job, item, g * groups->rows + r);
-            for (size_t d = 0; d < D; d++) buf->rows[(size_t)r * D + d] = q[d] * scale;
+            job->b->kernels->scale(buf->rows + (size_t)r * D, q, scale, job->D);
         }
         cpu_pack(job->b, buf->q + (size_t)g * (size_t)groups->padded * D, buf->rows, D, count,
                  job->D);
@@ -114,21 +114,34 @@ static void pack_queries(const struct attention_job *job, const struct item *ite
 
 // ------------------------------------------------------------------ a part of the context
 
+// Two pages' K are two panels, which lie as far apart as the pages do. With one page, its V is asked
+// for meanwhile.
+static struct cpu_tile keys_tile(const struct attention_job *job, const struct item *item,
+                                 const int32_t *pages, int count) {
+    const struct backend *b = job->b;
+    const uint32_t *keys = cpu_kv_keys(b, cpu_page(b, job->layer, pages[0]), item->head);
+    const uint32_t *last = cpu_kv_keys(b, cpu_page(b, job->layer, pages[count - 1]), item->head);
+    return (struct cpu_tile){.w = keys, .panel_stride = last - keys, .k_stride = PANEL,
+                             .k = job->D * (int)b->shape.elem_bytes / 4, .panels = count,
+                             .y_stride = PART_TOKENS, .ask_step = count > 1 ? 0 : 64 * ASK_UNITS,
+                             .ask = kv_head(b, cpu_page(b, job->layer, pages[0]),
+                                            b->shape.kv_heads + item->head)};
+}
+
 // scores[rows][n rounded up to pages] for positions from `first` on.
 static void part_scores(const struct attention_job *job, const struct item *item,
                         const struct row_groups *groups, int rows, int first, int n,
                         struct buffers *buf) {
     const int32_t *pages = job->spans[item->span].pages + first / PAGE_TOKENS;
-    for (int at = 0; at < n; at += PAGE_TOKENS) {
-        char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
-        const uint32_t *keys = cpu_kv_keys(job->b, page, item->head);
+    int most = groups->count > 1 ? min_int(2, job->b->kernels->tile_panels[groups->padded]) : 1;
+    for (int page = 0, all = divide_up(n, PAGE_TOKENS), count; page < all; page += count) {
+        count = min_int(most, all - page);
+        struct cpu_tile tile = keys_tile(job, item, pages + page, count);
         for (int g = 0; g < groups->count; g++) {
-            struct cpu_tile tile = {
-                .x = buf->q + (size_t)g * (size_t)groups->padded * (size_t)job->D, .w = keys,
-                .k_stride = PANEL, .k = job->D * (int)job->b->shape.elem_bytes / 4,
-                .rows = group_rows(groups, g, rows), .panels = 1,
-                .y = buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS + at,
-                .y_stride = PART_TOKENS};
+            tile.x = buf->q + (size_t)g * (size_t)groups->padded * (size_t)job->D;
+            tile.rows = group_rows(groups, g, rows);
+            tile.y = buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS +
+                     page * PAGE_TOKENS;
             cpu_multiply(job->b, &tile);
         }
     }
@@ -153,42 +166,62 @@ static void part_softmax(const struct attention_job *job, const struct item *ite
     }
 }
 
+// V of `count` tokens from position `first` on, in rows of D_padded words: of one page in place where
+// it can be, of several in the buffer.
+static const uint32_t *gather_values(const struct attention_job *job, const struct item *item,
+                                     int first, int count, struct buffers *buf) {
+    const int32_t *pages = job->spans[item->span].pages + first / PAGE_TOKENS;
+    size_t page_words = PAGE_TOKENS * job->b->shape.elem_bytes / 4 * (size_t)job->D_padded;
+    uint32_t *copy = (uint32_t *)(void *)buf->values;
+    for (int at = 0; at < count; at += PAGE_TOKENS, copy += page_words) {
+        char *page = cpu_page(job->b, job->layer, *pages++);
+        const uint32_t *values =
+            cpu_kv_values(job->b, page, item->head, min_int(PAGE_TOKENS, count - at), copy);
+        if (count <= PAGE_TOKENS) return values;
+        if (values != copy) memcpy(copy, values, page_words * sizeof *copy);
+    }
+    return (const uint32_t *)(const void *)buf->values;
+}
+
+// part += weights V for one group of rows and `count` tokens from `at` of the part on.
+static void multiply_values(const struct attention_job *job, const struct row_groups *groups, int g,
+                            int height, const uint32_t *values, int at, int count,
+                            struct buffers *buf) {
+    const struct cpu_kernels *kernels = job->b->kernels;
+    bool bf16 = job->b->dtype == DTYPE_BF16;
+    size_t stride = result_stride(job);
+    int padded = kernels->tile_rows[height], all = job->D_padded / PANEL;
+    const float *weights = buf->weights + (size_t)g * (size_t)groups->padded * PART_TOKENS;
+    float *y = buf->part + (size_t)g * (size_t)groups->rows * stride + 2;
+    struct cpu_tile tile = {.x = weights + (bf16 && kernels->packs_pairs ? at / 2 : at) * padded,
+                            .panel_stride = PANEL, .k_stride = (size_t)job->D_padded,
+                            .k = bf16 ? (count + 1) / 2 : count, .rows = height,
+                            .from_stride = stride, .y_stride = stride,
+                            .ask = (const char *)values};
+    for (int column = 0; column < all; column += tile.panels) {
+        tile.panels = min_int(kernels->tile_panels[height], all - column);
+        if (tile.panels == 3) tile.panels = 2;
+        tile.w = values + column * PANEL;
+        tile.y = y + column * PANEL;
+        tile.from = at > 0 ? tile.y : NULL;
+        cpu_multiply(job->b, &tile);
+    }
+}
+
+// A page's V at a time where it meets one group of rows; for more, the part's is put together first.
 static void part_values(const struct attention_job *job, const struct item *item,
                         const struct row_groups *groups, int rows, int first, int n,
                         struct buffers *buf) {
-    const struct cpu_kernels *kernels = job->b->kernels;
-    const int32_t *pages = job->spans[item->span].pages + first / PAGE_TOKENS;
-    size_t stride = result_stride(job), group_weights = (size_t)groups->padded * PART_TOKENS;
-    bool bf16 = job->b->dtype == DTYPE_BF16;
     for (int g = 0; g < groups->count; g++)
-        cpu_pack(job->b, buf->weights + (size_t)g * group_weights,
+        cpu_pack(job->b, buf->weights + (size_t)g * (size_t)groups->padded * PART_TOKENS,
                  buf->scores + (size_t)g * (size_t)groups->rows * PART_TOKENS, PART_TOKENS,
                  group_rows(groups, g, rows), n);
-    for (int at = 0; at < n; at += PAGE_TOKENS) {
-        char *page = cpu_page(job->b, job->layer, pages[at / PAGE_TOKENS]);
-        int count = min_int(PAGE_TOKENS, n - at);
-        const uint32_t *values = cpu_kv_values(job->b, page, item->head, count,
-                                               (uint32_t *)(void *)buf->values);
-        for (int g = 0; g < groups->count; g++) {
-            int height = group_rows(groups, g, rows);
-            int R = kernels->tile_rows[height], all = job->D_padded / PANEL;
-            for (int column = 0, step; column < all; column += step) {
-                step = min_int(kernels->tile_panels[height], all - column);
-                if (step == 3) step = 2;
-                struct cpu_tile tile = {
-                    .x = buf->weights + (size_t)g * group_weights +
-                         (bf16 && kernels->packs_pairs ? at / 2 : at) * R,
-                    .w = values + column * PANEL, .panel_stride = PANEL,
-                    .k_stride = (size_t)job->D_padded, .k = bf16 ? (count + 1) / 2 : count,
-                    .rows = height,
-                    .panels = step,
-                    .y = buf->part + (size_t)g * (size_t)groups->rows * stride + 2 +
-                         column * PANEL,
-                    .from_stride = stride, .y_stride = stride};
-                if (at > 0) tile.from = tile.y;
-                cpu_multiply(job->b, &tile);
-            }
-        }
+    int step = groups->count > 1 ? PART_TOKENS : PAGE_TOKENS;
+    for (int at = 0; at < n; at += step) {
+        int count = min_int(step, n - at);
+        const uint32_t *values = gather_values(job, item, first + at, count, buf);
+        for (int g = 0; g < groups->count; g++)
+            multiply_values(job, groups, g, group_rows(groups, g, rows), values, at, count, buf);
     }
 }
 
@@ -208,15 +241,15 @@ static void merge_row(const struct attention_job *job, float *sum, const float *
 
 static void write_row(const struct attention_job *job, const struct item *item, int r,
                       const float *sum) {
-    float *y = output_row(job, item, r), scale = 1.0f / sum[1];
-    for (int d = 0; d < job->D; d++) y[d] = sum[2 + d] * scale;
+    job->b->kernels->scale(output_row(job, item, r), sum + 2, 1.0f / sum[1], job->D);
 }
 
 static void attention_chunk(void *context, int chunk, int thread) {
     const struct attention_job *job = context;
     const struct item *item = &job->items[chunk];
     int rows = item->token_count * job->G;
-    struct row_groups groups = cpu_row_groups(job->b->kernels, rows);
+    const struct cpu_kernels *kernels = job->b->kernels;
+    struct row_groups groups = cpu_row_groups(kernels, rows, kernels->tile_rows_alone);
     struct buffers buf = {NULL};
     buffers_carve(job, cpu_thread_scratch(job->b, thread), &buf);
     size_t stride = result_stride(job);

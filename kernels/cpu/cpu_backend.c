@@ -124,9 +124,9 @@ static struct row_groups groups_of(const struct cpu_kernels *kernels, int rows, 
 }
 
 // Of many rows, those heights about the best one that compute the fewest rows nobody wants.
-struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows) {
+struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows, int alone) {
     VERIFY_OP(rows, >, 0);
-    if (rows <= kernels->tile_rows_max) return groups_of(kernels, rows, kernels->tile_rows_max);
+    if (rows <= alone) return groups_of(kernels, rows, alone);
     struct row_groups best = groups_of(kernels, rows, kernels->tile_rows_many);
     for (int height = kernels->tile_rows_many + 1; height <= kernels->tile_rows_many_max; height++) {
         struct row_groups groups = groups_of(kernels, rows, height);

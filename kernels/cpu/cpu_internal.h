@@ -65,7 +65,8 @@ struct row_groups {
     int count, rows; // groups; rows in all but the last
     int padded;      // rows a group is packed for
 };
-struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows);
+// `alone`: so many are not cut.
+struct row_groups cpu_row_groups(const struct cpu_kernels *kernels, int rows, int alone);
 
 static inline int group_rows(const struct row_groups *groups, int group, int total) {
     return min_int(groups->rows, total - group * groups->rows);
@@ -110,7 +111,7 @@ struct panel_job {
     int out, in, panels, words; // words of k
     int block;                  // panels at a time when there are several groups
     int piece;                  // words of k that all panels of a chunk use before the next
-    int stream_panels;          // of a tile, at most, when there is one group
+    bool outside;               // see cpu_panels.c
     float *y;
     const float *x;
     int tokens;
@@ -122,10 +123,6 @@ struct panel_job {
     int at_once, chunks; // cpu_panels_run's own: panels of a tile; parts of the work
 };
 void cpu_panels_run(struct panel_job *job);
-
-static inline bool cpu_panels_outside(const struct panel_job *job) {
-    return job->b->kernels->panels_outside && job->groups.count > 1;
-}
 
 static inline const float *group_input(const struct panel_job *job, int group) {
     return job->x + (size_t)group * (size_t)job->groups.rows * (size_t)job->in;

@@ -19,6 +19,9 @@
 enum { PANEL = 16, TILE_ROWS_MAX = 28, TILE_PANELS_MAX = 4 };
 enum { COMPACT_WORDS = 4, COMPACT_BYTES = 192, COMPACT_CODES = 16 };
 
+// How far ahead of the multiply weights are asked for, all panels together: so many cache lines in
+// flight hide the latency of memory behind its bandwidth, whether they come from one panel or four.
+enum { PREFETCH_BYTES = 8192 };
 enum { ASK_UNITS = 256 };
 
 // One call of a tile. `rows` is what is stored; x is packed for tile_rows[rows] rows, k outermost:
@@ -112,12 +115,12 @@ struct cpu_update {
 struct cpu_kernels {
     const char *name;
     int tile_rows_max;
+    int tile_rows_alone;        // so many rows of a base matmul are one tile's
     // The height for more rows than that, best per multiplication; up to so many if fewer are wasted.
     int tile_rows_many, tile_rows_many_max;
     const uint8_t *tile_rows;   // [rows] -> rows the tile computes (and x is packed for)
     const uint8_t *tile_panels; // [rows] -> panels it can take at once: 1, 2 or 4
-    int stream_panels;          // at most so many at once while weights stream from memory
-    bool panels_outside;        // more rows than a tile's meet a few panels at a time (cpu_panels.c)
+    bool panels_outside;        // base matmuls: rows meet two panels at a time (cpu_panels.c)
     bool packs_pairs;           // pack_bf16 makes bf16 pairs; else f32 values rounded to bf16
 
     void (*tile_f32)(const struct cpu_tile *tile);
@@ -161,6 +164,7 @@ struct cpu_kernels {
     float (*maximum)(const float *x, int n); // n > 0
     // x[i] = exp(x[i] - shift); returns the sum.
     float (*exp_sum)(float *x, float shift, int n);
+    void (*scale)(float *y, const float *x, float by, int n); // y = x by
     void (*scale_add)(float *y, float y_scale, const float *x, float x_scale, int n);
 };
 

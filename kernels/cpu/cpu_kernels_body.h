@@ -12,15 +12,6 @@
 
 enum { PANEL_VECTORS = PANEL / VECTOR_WIDTH, TILE_VECTORS_MAX = 28 };
 
-// How far ahead of the multiply weights are asked for, all panels together: so many cache lines in
-// flight hide the latency of memory behind its bandwidth. Zen, whose set with pairs of bf16 this is,
-// reads one stream faster than four beside each other; others are as fast with four panels.
-#if KERNELS_BF16
-enum { PREFETCH_BYTES = 6144, STREAM_PANELS = 1 };
-#else
-enum { PREFETCH_BYTES = 8192, STREAM_PANELS = TILE_PANELS_MAX };
-#endif
-
 // ------------------------------------------------------------------ the tile
 
 // y += pair . pair, both of bf16; without hardware for it x comes as two floats, and one half of w at
@@ -150,18 +141,7 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     tile_end(t, acc, R, N);
 }
 
-#if KERNELS_BF16
-// Two multiplications and two loads a cycle: eight rows by two panels keep the one busy and the other
-// half free, and the words of two panels that all groups of rows meet fit the first-level cache.
-enum { TILE_ROWS_MANY = 8, TILE_ROWS_MANY_MAX = 8, PANELS_OUTSIDE = 1 };
-#define TILE_LIST(X)                                                                               \
-    X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(2, 4) X(3, 1) X(3, 2) X(3, 4) X(4, 1) X(4, 2)        \
-    X(4, 4) X(6, 1) X(6, 2) X(6, 4) X(8, 1) X(8, 2) X(10, 1) X(12, 1) X(14, 1)
-static const uint8_t tile_rows[] = {0, 1, 2, 3, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
-static const uint8_t tile_panels[] = {0, 4, 4, 4, 4, 4, 4, 2, 2, 1, 1, 1, 1, 1, 1};
-#elif VECTOR_WIDTH == 16
-// By two panels: 16 loads for 28 multiplications.
-enum { TILE_ROWS_MANY = 14, TILE_ROWS_MANY_MAX = 16, PANELS_OUTSIDE = 0 };
+#if VECTOR_WIDTH == 16
 // R * C <= 28 accumulators of 32 registers.
 #define TILE_LIST(X)                                                                               \
     X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(2, 4) X(3, 1) X(3, 2) X(3, 4) X(4, 1) X(4, 2)        \
@@ -171,14 +151,23 @@ static const uint8_t tile_rows[] = {0,  1,  2,  3,  4,  6,  6,  8,  8,  12, 12, 
                                     16, 16, 20, 20, 20, 20, 24, 24, 24, 24, 28, 28, 28, 28};
 static const uint8_t tile_panels[] = {0, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2,
                                       1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+#if KERNELS_BF16
+// Zen: with as many loads a cycle as multiplications, eight rows by two panels keep the one busy and
+// the other half free; the words of two panels that all groups of rows meet fit the first-level cache;
+// and one stream from memory is faster than several beside each other.
+enum { TILE_ROWS_ALONE = 8, TILE_ROWS_MANY = 8, TILE_ROWS_MANY_MAX = 8, PANELS_OUTSIDE = 1 };
+#else
+// Fourteen rows by two panels: 16 loads for 28 multiplications.
+enum { TILE_ROWS_ALONE = 28, TILE_ROWS_MANY = 14, TILE_ROWS_MANY_MAX = 16, PANELS_OUTSIDE = 0 };
+#endif
 #elif VECTOR_WIDTH == 8
-enum { TILE_ROWS_MANY = 6, TILE_ROWS_MANY_MAX = 6, PANELS_OUTSIDE = 0 };
+enum { TILE_ROWS_ALONE = 6, TILE_ROWS_MANY = 6, TILE_ROWS_MANY_MAX = 6, PANELS_OUTSIDE = 0 };
 #define TILE_LIST(X)                                                                               \
     X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
 static const uint8_t tile_rows[] = {0, 1, 2, 3, 4, 5, 6};
 static const uint8_t tile_panels[] = {0, 4, 2, 2, 1, 1, 1};
 #else
-enum { TILE_ROWS_MANY = 3, TILE_ROWS_MANY_MAX = 3, PANELS_OUTSIDE = 0 };
+enum { TILE_ROWS_ALONE = 3, TILE_ROWS_MANY = 3, TILE_ROWS_MANY_MAX = 3, PANELS_OUTSIDE = 0 };
 #define TILE_LIST(X) X(1, 1) X(1, 2) X(2, 1) X(3, 1)
 static const uint8_t tile_rows[] = {0, 1, 2, 3};
 static const uint8_t tile_panels[] = {0, 2, 1, 1};
@@ -223,7 +212,7 @@ INLINE void transpose_block(vu m[VECTOR_WIDTH], const uint32_t *const *rows, int
         if (!rows[r]) continue;
         m[r] = count >= VECTOR_WIDTH ? vu_load(rows[r] + at) : vu_load_part(rows[r] + at, count);
     }
-    vu_transpose(m);
+    vu_transpose(m, VECTOR_WIDTH);
 }
 
 static void transpose(uint32_t *to, const uint32_t *const rows[PANEL], int n) {
@@ -238,6 +227,19 @@ static void transpose(uint32_t *to, const uint32_t *const rows[PANEL], int n) {
     }
 }
 
+// rows (at most R, a constant power of 2) of whole vectors -> to[n][R].
+INLINE void pack_power(uint32_t *to, const uint32_t *x, size_t stride, int rows, const int R, int n) {
+    for (int at = 0; at < n; at += VECTOR_WIDTH, to += VECTOR_WIDTH * R) {
+        vu m[VECTOR_WIDTH];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            m[r] = r < rows ? vu_load(x + (size_t)r * stride + at) : (vu){0};
+        vu_transpose(m, R);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++) vu_store(to + r * VECTOR_WIDTH, m[r]);
+    }
+}
+
 // rows (at most R) of n words -> to[n][R]. Whole vectors are stored in ascending order, so that
 // what one writes past its R words the next one overwrites.
 static void pack_words(uint32_t *to, const uint32_t *x, size_t stride, int rows, int R, int n) {
@@ -245,11 +247,17 @@ static void pack_words(uint32_t *to, const uint32_t *x, size_t stride, int rows,
         memcpy(to, x, (size_t)n * 4);
         return;
     }
+    int whole = n / VECTOR_WIDTH * VECTOR_WIDTH;
+    if (R == 2) pack_power(to, x, stride, rows, 2, whole);
+    else if (R == 4) pack_power(to, x, stride, rows, 4, whole);
+    else if (R == 8 && VECTOR_WIDTH >= 8) pack_power(to, x, stride, rows, 8, whole);
+    else whole = 0;
+    if (whole == n) return;
     const uint32_t *row[TILE_ROWS_MAX + VECTOR_WIDTH] = {NULL};
     for (int r = 0; r < rows; r++) row[r] = x + (size_t)r * stride;
     int blocks = (R + VECTOR_WIDTH - 1) / VECTOR_WIDTH;
     vu m[(TILE_ROWS_MAX + VECTOR_WIDTH) / VECTOR_WIDTH + 1][VECTOR_WIDTH];
-    for (int at = 0; at < n; at += VECTOR_WIDTH) {
+    for (int at = whole; at < n; at += VECTOR_WIDTH) {
         int count = n - at < VECTOR_WIDTH ? n - at : VECTOR_WIDTH;
         for (int b = 0; b < blocks; b++)
             transpose_block(m[b], row + b * VECTOR_WIDTH, at, count);
@@ -415,6 +423,12 @@ static float exp_sum(float *x, float shift, int n) {
     return vf_sum(sum);
 }
 
+static void scale(float *y, const float *x, float by, int n) {
+    int i = 0;
+    for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH) vf_store(y + i, vf_load(x + i) * vf_set(by));
+    for (; i < n; i++) y[i] = x[i] * by;
+}
+
 static void scale_add(float *y, float y_scale, const float *x, float x_scale, int n) {
     int i = 0;
     for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH)
@@ -425,11 +439,11 @@ static void scale_add(float *y, float y_scale, const float *x, float x_scale, in
 const struct cpu_kernels KERNELS = {
     .name = KERNELS_NAME,
     .tile_rows_max = sizeof tile_rows - 1,
+    .tile_rows_alone = TILE_ROWS_ALONE,
     .tile_rows_many = TILE_ROWS_MANY,
     .tile_rows_many_max = TILE_ROWS_MANY_MAX,
     .tile_rows = tile_rows,
     .tile_panels = tile_panels,
-    .stream_panels = STREAM_PANELS,
     .panels_outside = PANELS_OUTSIDE,
     .packs_pairs = KERNELS_BF16,
     .tile_f32 = tile_f32,
@@ -453,5 +467,6 @@ const struct cpu_kernels KERNELS = {
     .rotate = rotate,
     .maximum = maximum,
     .exp_sum = exp_sum,
+    .scale = scale,
     .scale_add = scale_add,
 };

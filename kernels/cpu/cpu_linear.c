@@ -153,7 +153,7 @@ static void pack_group(const struct panel_job *panels, int group) {
 // A thread's place for what its chunk keeps: panels that group 0 has expanded for the others, of
 // [panels][PIECE_WORDS][PANEL], of BLOCK_PANELS panels, then sums.
 static uint32_t *expanded(const struct panel_job *panels, const struct panel_part *part) {
-    int slot = cpu_panels_outside(panels) ? 0 : part->panel % BLOCK_PANELS;
+    int slot = panels->outside ? 0 : part->panel % BLOCK_PANELS;
     return (uint32_t *)cpu_thread_scratch(panels->b, part->thread) +
            (size_t)slot * PIECE_WORDS * PANEL;
 }
@@ -174,7 +174,7 @@ static float *tile_sums(const struct panel_job *panels, const struct panel_part 
 
 static size_t sums_bytes(const struct panel_job *panels) {
     size_t rows = (size_t)(panels->groups.count * panels->groups.padded);
-    return cpu_panels_outside(panels) ? rows * (size_t)panels->block * PANEL * sizeof(float) : 0;
+    return panels->outside ? rows * (size_t)panels->block * PANEL * sizeof(float) : 0;
 }
 
 static void keep_sums(const struct panel_job *panels, const struct panel_part *part, bool last,
@@ -212,8 +212,9 @@ static void multiply(const struct panel_job *panels, const struct panel_part *pa
     size_t padded = panels->b->kernels->tile_rows[rows];
     size_t x_at = (size_t)part->first * cpu_word_units(panels->b) * padded * sizeof(float);
     float edge[TILE_ROWS_MAX * PANEL];
-    bool outside = cpu_panels_outside(panels), last = part->first + part->count == l->words;
-    struct panel_output output = panel_output(panels, part, part->first > 0 && !outside, edge);
+    bool last = part->first + part->count == l->words;
+    bool adds = part->first > 0 && !panels->outside;
+    struct panel_output output = panel_output(panels, part, adds, edge);
     struct cpu_tile tile = {
         .x = group_packed(panels, part->group) + x_at,
         .w = w,
@@ -227,7 +228,7 @@ static void multiply(const struct panel_job *panels, const struct panel_part *pa
         .y = output.to,
         .y_stride = output.stride,
     };
-    if (outside) {
+    if (panels->outside) {
         keep_sums(panels, part, last, &tile);
         if (part->next_panel >= 0) ask_for_next(job, part, &tile);
     }
@@ -235,7 +236,7 @@ static void multiply(const struct panel_job *panels, const struct panel_part *pa
         cpu_compact_multiply(l->compact, &tile, part->panel, part->first,
                              panels->groups.count > 1 ? w : NULL, (size_t)tile.panel_stride);
     else cpu_multiply(panels->b, &tile);
-    if (!outside || last) panel_finish(panels, &output, rows);
+    if (!panels->outside || last) panel_finish(panels, &output, rows);
 }
 
 void cpu_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
@@ -249,12 +250,13 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
         cpu_quant_linear(b, linear->quant, y, x, tokens);
         return;
     }
+    const struct cpu_kernels *kernels = b->kernels;
     struct linear_job job = {
         .panels = {.b = b, .out = linear->out, .in = linear->in, .panels = linear->panels,
                    .words = linear->words, .block = BLOCK_PANELS, .piece = PIECE_WORDS, .y = y,
-                   .x = x, .tokens = tokens, .groups = cpu_row_groups(b->kernels, tokens),
-                   .stream_panels = b->kernels->stream_panels, .pack = pack_group,
-                   .multiply = multiply},
+                   .x = x, .tokens = tokens,
+                   .groups = cpu_row_groups(kernels, tokens, kernels->tile_rows_alone),
+                   .outside = kernels->panels_outside, .pack = pack_group, .multiply = multiply},
         .linear = linear};
     struct panel_job *panels = &job.panels;
     cpu_threads_scratch(b, expanded_bytes() + sums_bytes(panels));

@@ -37,7 +37,7 @@ INLINE void add_lanes(float *sums, const vf *acc, const int count) {
     for (int at = 0; at < count; at += VECTOR_WIDTH) {
         vu m[VECTOR_WIDTH];
         memcpy(m, acc + at, sizeof m);
-        vu_transpose(m);
+        vu_transpose(m, VECTOR_WIDTH);
 #pragma GCC unroll 4
         for (int step = VECTOR_WIDTH / 2; step > 0; step /= 2)
 #pragma GCC unroll 8

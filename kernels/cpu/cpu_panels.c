@@ -3,10 +3,10 @@
 // k is cut into pieces, so that the rows' x of a piece stays in the first-level cache for all panels of
 // a chunk. Up to tile_rows_max tokens fit one tile: weights stream past once, at memory speed. More
 // tokens are cut into groups. Either a block of panels that fits, by a piece of k, the second-level
-// cache is used for every group before moving on, and x stays in the first; or, where tiles are low
-// (panels_outside), a tile's panels are, and stay in the first-level cache while groups pass. Each output
-// is one accumulator over ascending k, kept in y or beside it between pieces, so a token's result has
-// the same bits alone and in any batch.
+// cache is used for every group before moving on, and x stays in the first; or, panels outside, it is
+// the panels of one tile that stay in the first-level cache while all groups pass. Each output is one
+// accumulator over ascending k, kept in y or beside it between pieces, so a token's result has the same
+// bits alone and in any batch.
 #include "kernels/cpu/cpu_internal.h"
 
 enum {
@@ -67,7 +67,7 @@ static void run_chunk(void *context, int chunk, int thread) {
     int end = chunk_begin(job, chunk + 1);
     for (; part.first < job->words; part.first += job->piece) {
         part.count = min_int(job->piece, job->words - part.first);
-        if (cpu_panels_outside(job)) panels_outside(job, &part, end);
+        if (job->outside) panels_outside(job, &part, end);
         else panels_inside(job, &part, end);
     }
 }
@@ -84,7 +84,7 @@ void cpu_panels_run(struct panel_job *job) {
         share = max_int(CHUNKS_MANY_MIN,
                         divide_up(job->panels, job->b->thread_count * job->block));
     job->at_once = min_int(job->b->kernels->tile_panels[job->groups.padded],
-                           stream ? job->stream_panels : 2);
+                           stream && !job->outside ? TILE_PANELS_MAX : 2);
     job->chunks = min_int(job->b->thread_count * share, divide_up(job->panels, job->at_once));
     cpu_threads_run(threads, run_chunk, job, job->chunks);
 }

@@ -244,9 +244,8 @@ void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, floa
     struct multiply_job job = {
         .panels = {.b = b, .out = linear->out, .in = linear->in, .panels = linear->panels,
                    .words = linear->words, .block = BLOCK_PANELS, .y = y, .x = x, .tokens = tokens,
-                   .groups = cpu_row_groups(b->kernels, tokens),
-                   .stream_panels = TILE_PANELS_MAX, .pack = pack_group,
-                   .multiply = multiply},
+                   .groups = cpu_row_groups(b->kernels, tokens, b->kernels->tile_rows_max),
+                   .pack = pack_group, .multiply = multiply},
         .linear = linear};
     struct panel_job *panels = &job.panels;
     panels->piece = panels->groups.count > 1 ? MANY_WORDS : linear->words;

@@ -77,6 +77,9 @@ INLINE vf vf_max(vf a, vf b) {
 }
 
 INLINE float vf_sum(vf v) {
+#if VECTOR_WIDTH == 16
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     float part[VECTOR_WIDTH];
     vf_store(part, v);
     for (int step = VECTOR_WIDTH / 2; step > 0; step /= 2)
@@ -85,6 +88,9 @@ INLINE float vf_sum(vf v) {
 }
 
 INLINE float vf_maximum(vf v) {
+#if VECTOR_WIDTH == 16
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float part[VECTOR_WIDTH];
     vf_store(part, v);
     for (int i = 1; i < VECTOR_WIDTH; i++) part[0] = part[i] > part[0] ? part[i] : part[0];
@@ -147,15 +153,16 @@ INLINE void vu_interleave(vu a, vu b, vu *low, vu *high) {
 #endif
 }
 
-INLINE void vu_transpose(vu m[VECTOR_WIDTH]) {
+// [R][VECTOR_WIDTH] -> [VECTOR_WIDTH][R], both as R vectors; R is a constant power of 2. An element's
+// place is the bits of its row, then those of its column; a round turns them by one.
+INLINE void vu_transpose(vu *m, const int R) {
     vu t[VECTOR_WIDTH];
 #pragma GCC unroll 4
-    for (int round = 1; round < VECTOR_WIDTH; round *= 2) {
+    for (int round = 1; round < R; round *= 2) {
 #pragma GCC unroll 16
-        for (int i = 0; i < VECTOR_WIDTH / 2; i++)
-            vu_interleave(m[i], m[i + VECTOR_WIDTH / 2], &t[2 * i], &t[2 * i + 1]);
+        for (int i = 0; i < R / 2; i++) vu_interleave(m[i], m[i + R / 2], &t[2 * i], &t[2 * i + 1]);
 #pragma GCC unroll 16
-        for (int i = 0; i < VECTOR_WIDTH; i++) m[i] = t[i];
+        for (int i = 0; i < R; i++) m[i] = t[i];
     }
 }
 
