@@ -7,6 +7,8 @@
 
 enum { DOT_SUMS = DOT_ROWS * DOT_TOKENS_MAX };
 enum { UPDATE_VECTORS = 4 }; // of columns, at a time
+// Where B is asked for: elsewhere more can be in flight to the second level, on Zen to the first.
+enum { B_LOCALITY = KERNELS_BF16 ? 3 : 2 };
 
 #if VECTOR_WIDTH == 16
 enum { DOT_TOKENS = 4, UPDATE_TOKENS = 4 }; // 16 accumulators of 32 registers
@@ -51,11 +53,10 @@ INLINE void dot_body(const struct cpu_dot *d, const int T, const bool bf16) {
     enum { VECTOR_BYTES = VECTOR_WIDTH * 4 };
     const int N = DOT_ROWS * T;
     vf acc[DOT_SUMS];
-    const char *a[DOT_ROWS], *next[DOT_ROWS], *x[DOT_TOKENS_MAX];
-    for (int i = 0; i < DOT_ROWS; i++) {
-        a[i] = d->a[i];
-        next[i] = d->a_next[i];
-    }
+    const char *a[DOT_ROWS], *x[DOT_TOKENS_MAX];
+    for (int i = 0; i < DOT_ROWS; i++) a[i] = d->a[i];
+    const char *ask = d->a_next[0], *ask_end = ask + d->bytes;
+    int ask_row = 0;
     for (int t = 0; t < T; t++) // where there are fewer one is computed again
         x[t] = (const char *)d->x + (size_t)(t < d->tokens ? t : d->tokens - 1) * d->x_stride;
 #pragma GCC unroll 16
@@ -66,7 +67,14 @@ INLINE void dot_body(const struct cpu_dot *d, const int T, const bool bf16) {
 #pragma GCC unroll 4
         for (int i = 0; i < DOT_ROWS; i++) {
             row[i] = load_bytes(a[i] + at, VECTOR_BYTES);
-            if (VECTOR_BYTES == 64 || at % 64 == 0) __builtin_prefetch(next[i] + at);
+            if (VECTOR_BYTES == 64 || at % 64 == 0) {
+                __builtin_prefetch(ask);
+                ask += 64;
+                if (ask >= ask_end && ask_row < DOT_ROWS - 1) {
+                    ask = d->a_next[++ask_row];
+                    ask_end = ask + d->bytes;
+                }
+            }
         }
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) {
@@ -142,7 +150,7 @@ INLINE void update_block(const struct cpu_update *u, int column, int count, cons
         }
 #pragma GCC unroll 4
         for (size_t line = 0; line < (size_t)(C * VECTOR_WIDTH) * bytes; line += 64)
-            __builtin_prefetch(next + line, 0, 2); // second level: more can be in flight
+            __builtin_prefetch(next + line, 0, B_LOCALITY);
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
