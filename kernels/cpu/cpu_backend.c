@@ -30,7 +30,7 @@ void *cpu_memory(size_t bytes) {
     void *memory = aligned_alloc(align, rounded);
     if (!memory) return NULL;
     if (align == huge) (void)madvise(memory, rounded, MADV_HUGEPAGE); // a hint
-    return memset(memory, 0, rounded);
+    return memory;
 }
 
 // A large block is mapped, so that it is zero without being written: what a step of the largest size
@@ -61,7 +61,10 @@ static void *populate(void *argument) {
 }
 
 static void *cpu_memory_create(struct backend *b, size_t bytes) {
-    if (bytes < LARGE_BYTES) return cpu_memory(bytes);
+    if (bytes < LARGE_BYTES) {
+        void *small = cpu_memory(bytes);
+        return small ? memset(small, 0, bytes) : NULL;
+    }
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return NULL;
     (void)madvise(memory, bytes, MADV_HUGEPAGE); // a hint

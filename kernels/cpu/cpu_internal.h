@@ -41,7 +41,8 @@ void *cpu_scratch(struct backend *b, enum cpu_scratch area, size_t bytes);
 // The same for each thread; between this call and the next, cpu_thread_scratch() gives the parts.
 void cpu_threads_scratch(struct backend *b, size_t bytes_each);
 void *cpu_thread_scratch(struct backend *b, int thread);
-// Page-aligned (huge pages where the system gives them), zeroed; released with free().
+// Page-aligned (huge pages where the system gives them), not zeroed: whoever fills it in, with all
+// threads, makes its pages; released with free().
 void *cpu_memory(size_t bytes);
 
 static inline size_t round_up(size_t n, size_t to) {

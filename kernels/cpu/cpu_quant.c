@@ -129,6 +129,7 @@ static void round_panel(void *context, int chunk, int thread) {
     const struct quant_linear *l = job->linear;
     size_t in = (size_t)l->in;
     float *row = mem_alloc(in * sizeof *row);
+    memset(l->panel + (size_t)chunk * l->panel_bytes, 0, l->panel_bytes);
     for (int column = 0; column < PANEL && chunk * PANEL + column < l->out; column++) {
         size_t at = (size_t)(chunk * PANEL + column) * in * dtype_bytes(job->dtype);
         dtype_to_f32(row, job->weights + at, job->dtype, in);
