@@ -96,8 +96,8 @@ static inline size_t piece_words(int panels, int panel, int first, int count) {
 }
 
 // A tile's part of a matmul: y[rows of the group, columns of the panels] over words [first,
-// first + count) of k, adding to what the words before gave. Group 0 comes first, on the same thread as
-// those after it.
+// first + count) of k, adding to what the words before gave. Group 0 comes first, on the same thread
+// as those after it.
 struct panel_part {
     int thread, chunk_begin; // the chunk's first panel
     int group, panel, panels;
@@ -110,9 +110,9 @@ struct panel_part {
 struct panel_job {
     struct backend *b;
     int out, in, panels, words; // words of k
-    int block;                  // panels at a time when there are several groups
+    int block; // panels of a chunk, even, at most: of several groups, or with panels outside
     int piece;                  // words of k that all panels of a chunk use before the next
-    bool outside;               // see cpu_panels.c
+    bool outside;               // a tile's panels meet all groups before the next (cpu_panels.c)
     float *y;
     const float *x;
     int tokens;
@@ -133,7 +133,8 @@ static inline char *group_packed(const struct panel_job *job, int group) {
     return job->packed + (size_t)group * job->packed_bytes;
 }
 
-// Where a tile puts its sums: y, or `edge` when the last columns are not there; `adds`: to what is there.
+// Where a tile puts its sums: y, or `edge` when the last columns are not there. `adds`: to what is
+// there.
 struct panel_output {
     float *y, *to;
     size_t stride;

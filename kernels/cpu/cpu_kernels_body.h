@@ -228,7 +228,8 @@ static void transpose(uint32_t *to, const uint32_t *const rows[PANEL], int n) {
 }
 
 // rows (at most R, a constant power of 2) of whole vectors -> to[n][R].
-INLINE void pack_power(uint32_t *to, const uint32_t *x, size_t stride, int rows, const int R, int n) {
+INLINE void pack_power(uint32_t *to, const uint32_t *x, size_t stride, int rows, const int R,
+                       int n) {
     for (int at = 0; at < n; at += VECTOR_WIDTH, to += VECTOR_WIDTH * R) {
         vu m[VECTOR_WIDTH];
 #pragma GCC unroll 16

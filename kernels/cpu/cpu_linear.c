@@ -10,8 +10,9 @@
 #include <stdlib.h>
 
 // Of a many-token matmul: 16 KiB of each for a piece of k, half a megabyte in the second-level
-// cache. The more there are, the fewer times the rows' x comes from further away.
-enum { BLOCK_PANELS = 32 };
+// cache. The more there are, the fewer times the rows' x comes from further away. For one group of
+// rows with panels outside only sums are kept, of 8 rows.
+enum { BLOCK_PANELS = 32, STREAM_BLOCK_PANELS = 256 };
 
 struct linear {
     int out, in;
@@ -162,11 +163,13 @@ static size_t expanded_bytes(void) {
     return (size_t)BLOCK_PANELS * PIECE_WORDS * PANEL * sizeof(uint32_t);
 }
 
-// Sums of a chunk, a tile's after the other: between pieces of k they are kept there, because rows of
-// y lie so far apart that they share few sets of a cache.
+// Sums of a chunk, a tile's after the other: between pieces of k they are kept there, because rows
+// of y lie so far apart that they share few sets of a cache.
 static float *tile_sums(const struct panel_job *panels, const struct panel_part *part) {
     size_t tile_columns = (size_t)(part->panels * PANEL), rows = (size_t)panels->groups.padded;
-    size_t before = (size_t)((part->panel - part->chunk_begin) * PANEL * panels->groups.count);
+    int panels_before = part->panel - part->chunk_begin;
+    VERIFY_OP(panels_before + part->panels, <=, panels->block);
+    size_t before = (size_t)(panels_before * PANEL * panels->groups.count);
     char *scratch = cpu_thread_scratch(panels->b, part->thread);
     return (float *)(void *)(scratch + expanded_bytes()) +
            (before + (size_t)part->group * tile_columns) * rows;
@@ -187,7 +190,7 @@ static void keep_sums(const struct panel_job *panels, const struct panel_part *p
     tile->y_stride = tile->from_stride;
 }
 
-// While these panels meet all groups, the next ones' weights are asked for, a share beside each group.
+// While these panels meet all groups, the next ones' weights are asked for, a share beside each.
 static void ask_for_next(const struct linear_job *job, const struct panel_part *part,
                          struct cpu_tile *tile) {
     const struct linear *l = job->linear;
@@ -198,8 +201,9 @@ static void ask_for_next(const struct linear_job *job, const struct panel_part *
         l->compact ? cpu_compact_codes(l->compact, part->next_panel, part->next_first, count)
                    : (const char *)(l->panel + piece_words(l->panels, part->next_panel,
                                                            part->next_first, count) * PANEL);
+    size_t all = (size_t)(part->panels * part->count * bytes);
     tile->ask_step = (uint32_t)(bytes * ASK_UNITS / groups);
-    tile->ask = next + (size_t)part->group * (size_t)(part->panels * part->count * bytes) / (size_t)groups;
+    tile->ask = next + (size_t)part->group * all / (size_t)groups;
 }
 
 static void multiply(const struct panel_job *panels, const struct panel_part *part) {
@@ -259,6 +263,7 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
                    .outside = kernels->panels_outside, .pack = pack_group, .multiply = multiply},
         .linear = linear};
     struct panel_job *panels = &job.panels;
+    if (panels->groups.count == 1) panels->block = STREAM_BLOCK_PANELS;
     cpu_threads_scratch(b, expanded_bytes() + sums_bytes(panels));
     panels->packed_bytes = round_up(cpu_packed_bytes(panels->groups.padded, linear->in), 64);
     panels->packed = cpu_scratch(b, SCRATCH_PACKED_X,

@@ -79,10 +79,9 @@ void cpu_panels_run(struct panel_job *job) {
     else cpu_threads_run(threads, pack_group, job, job->groups.count);
 
     bool stream = job->groups.count == 1;
-    int share = CHUNKS_A_THREAD;
-    if (!stream)
-        share = max_int(CHUNKS_MANY_MIN,
-                        divide_up(job->panels, job->b->thread_count * job->block));
+    int share = stream ? CHUNKS_A_THREAD : CHUNKS_MANY_MIN;
+    if (!stream || job->outside)
+        share = max_int(share, divide_up(job->panels, job->b->thread_count * job->block));
     job->at_once = min_int(job->b->kernels->tile_panels[job->groups.padded],
                            stream && !job->outside ? TILE_PANELS_MAX : 2);
     job->chunks = min_int(job->b->thread_count * share, divide_up(job->panels, job->at_once));
