@@ -81,6 +81,22 @@ static void test_linear(void **state) {
     }
 }
 
+#if !defined LORAD_EMULATE && !defined LORAD_GPU
+// As wide as a head: a thread's chunk has more panels than it keeps sums for, unless it is cut.
+static void test_linear_wide(void **state) {
+    (void)state;
+    for (int s = 0; s < SETUPS; s++) {
+        struct backend *b = open_setup(&setups[s]);
+        if (!b) continue;
+        struct matrix m = matrix_create(b, 50001, 16, DTYPE_BF16, setups[s].dtype);
+        linear_check(b, &setups[s], &m, 1);
+        linear_check(b, &setups[s], &m, 9);
+        matrix_destroy(b, &m);
+        ops->close(b);
+    }
+}
+#endif
+
 // A row has the same bits alone, at any place and in any batch: our own tiles promise it.
 static void test_linear_rows_invariant(void **state) {
     (void)state;
@@ -362,6 +378,9 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_linear),
         cmocka_unit_test(test_linear_rows_invariant),
+#if !defined LORAD_EMULATE && !defined LORAD_GPU
+        cmocka_unit_test(test_linear_wide),
+#endif
         cmocka_unit_test(test_rms_norm_and_silu),
         cmocka_unit_test(test_embed_and_gather),
         cmocka_unit_test(test_marks),
