@@ -79,22 +79,24 @@ INLINE vf vf_max(vf a, vf b) {
 INLINE float vf_sum(vf v) {
 #if VECTOR_WIDTH == 16
     return _mm512_reduce_add_ps((__m512)v);
-#endif
+#else
     float part[VECTOR_WIDTH];
     vf_store(part, v);
     for (int step = VECTOR_WIDTH / 2; step > 0; step /= 2)
         for (int i = 0; i < step; i++) part[i] += part[i + step];
     return part[0];
+#endif
 }
 
 INLINE float vf_maximum(vf v) {
 #if VECTOR_WIDTH == 16
     return _mm512_reduce_max_ps((__m512)v);
-#endif
+#else
     float part[VECTOR_WIDTH];
     vf_store(part, v);
     for (int i = 1; i < VECTOR_WIDTH; i++) part[0] = part[i] > part[0] ? part[i] : part[0];
     return part[0];
+#endif
 }
 
 INLINE vf vf_from_bf16(const uint16_t *p) {
