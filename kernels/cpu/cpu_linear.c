@@ -26,6 +26,11 @@ struct linear {
 
 // ------------------------------------------------------------------ packing weights
 
+// Words [first, first + count), a piece, of a panel that is not compact.
+static uint32_t *panel_at(const struct linear *l, int panel, int first, int count) {
+    return l->panel + piece_words(l->panels, panel, first, count) * PANEL;
+}
+
 struct pack_job {
     const struct cpu_kernels *kernels;
     struct linear *linear;
@@ -55,7 +60,7 @@ static void pack_panel(void *context, int chunk, int thread) {
     if (l->compact) cpu_compact_pack(l->compact, chunk, panel);
     for (int at = 0; !l->compact && at < l->words; at += PIECE_WORDS) {
         int count = min_int(PIECE_WORDS, l->words - at);
-        memcpy(l->panel + piece_words(l->panels, chunk, at, count) * PANEL, panel + at * PANEL,
+        memcpy(panel_at(l, chunk, at, count), panel + at * PANEL,
                (size_t)count * PANEL * sizeof *panel);
     }
     free(panel);
@@ -151,33 +156,33 @@ static void pack_group(const struct panel_job *panels, int group) {
              (size_t)panels->in, group_rows(&panels->groups, group, panels->tokens), panels->in);
 }
 
-// A thread's place for what its chunk keeps: panels that group 0 has expanded for the others, of
-// [panels][PIECE_WORDS][PANEL], of BLOCK_PANELS panels, then sums.
+// A thread's scratch: sums of its chunk with panels outside, then panels of compact weights that group 0
+// has expanded for the others, each [PIECE_WORDS][PANEL].
+static size_t sums_bytes(const struct panel_job *panels) {
+    size_t rows = (size_t)(panels->groups.count * panels->groups.padded);
+    return panels->outside ? rows * (size_t)panels->block * PANEL * sizeof(float) : 0;
+}
+
+static size_t expanded_bytes(const struct linear_job *job) {
+    int slots = job->panels.outside ? 2 : BLOCK_PANELS; // a tile's, or a block's
+    return job->linear->compact ? (size_t)slots * PIECE_WORDS * PANEL * sizeof(uint32_t) : 0;
+}
+
 static uint32_t *expanded(const struct panel_job *panels, const struct panel_part *part) {
     int slot = panels->outside ? 0 : part->panel % BLOCK_PANELS;
-    return (uint32_t *)cpu_thread_scratch(panels->b, part->thread) +
-           (size_t)slot * PIECE_WORDS * PANEL;
+    char *scratch = cpu_thread_scratch(panels->b, part->thread);
+    return (uint32_t *)(void *)(scratch + sums_bytes(panels)) + (size_t)slot * PIECE_WORDS * PANEL;
 }
 
-static size_t expanded_bytes(void) {
-    return (size_t)BLOCK_PANELS * PIECE_WORDS * PANEL * sizeof(uint32_t);
-}
-
-// Sums of a chunk, a tile's after the other: between pieces of k they are kept there, because rows
-// of y lie so far apart that they share few sets of a cache.
+// Sums of a tile, after those of the tiles before it: between pieces of k they are kept there, because
+// rows of y lie so far apart that they share few sets of a cache.
 static float *tile_sums(const struct panel_job *panels, const struct panel_part *part) {
     size_t tile_columns = (size_t)(part->panels * PANEL), rows = (size_t)panels->groups.padded;
     int panels_before = part->panel - part->chunk_begin;
     VERIFY_OP(panels_before + part->panels, <=, panels->block);
     size_t before = (size_t)(panels_before * PANEL * panels->groups.count);
-    char *scratch = cpu_thread_scratch(panels->b, part->thread);
-    return (float *)(void *)(scratch + expanded_bytes()) +
+    return (float *)cpu_thread_scratch(panels->b, part->thread) +
            (before + (size_t)part->group * tile_columns) * rows;
-}
-
-static size_t sums_bytes(const struct panel_job *panels) {
-    size_t rows = (size_t)(panels->groups.count * panels->groups.padded);
-    return panels->outside ? rows * (size_t)panels->block * PANEL * sizeof(float) : 0;
 }
 
 static void keep_sums(const struct panel_job *panels, const struct panel_part *part, bool last,
@@ -199,8 +204,7 @@ static void ask_for_next(const struct linear_job *job, const struct panel_part *
     int bytes = l->compact ? COMPACT_BYTES / COMPACT_WORDS : PANEL * (int)sizeof *l->panel;
     const char *next =
         l->compact ? cpu_compact_codes(l->compact, part->next_panel, part->next_first, count)
-                   : (const char *)(l->panel + piece_words(l->panels, part->next_panel,
-                                                           part->next_first, count) * PANEL);
+                   : (const char *)panel_at(l, part->next_panel, part->next_first, count);
     size_t all = (size_t)(part->panels * part->count * bytes);
     tile->ask_step = (uint32_t)(bytes * ASK_UNITS / groups);
     tile->ask = next + (size_t)part->group * all / (size_t)groups;
@@ -211,8 +215,7 @@ static void multiply(const struct panel_job *panels, const struct panel_part *pa
     const struct linear *l = job->linear;
     int rows = group_rows(&panels->groups, part->group, panels->tokens);
     uint32_t *w = l->compact ? expanded(panels, part)
-                             : l->panel + piece_words(l->panels, part->panel, part->first,
-                                                      part->count) * PANEL;
+                             : panel_at(l, part->panel, part->first, part->count);
     size_t padded = panels->b->kernels->tile_rows[rows];
     size_t x_at = (size_t)part->first * cpu_word_units(panels->b) * padded * sizeof(float);
     float edge[TILE_ROWS_MAX * PANEL];
@@ -264,7 +267,7 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
         .linear = linear};
     struct panel_job *panels = &job.panels;
     if (panels->groups.count == 1) panels->block = STREAM_BLOCK_PANELS;
-    cpu_threads_scratch(b, expanded_bytes() + sums_bytes(panels));
+    cpu_threads_scratch(b, sums_bytes(panels) + expanded_bytes(&job));
     panels->packed_bytes = round_up(cpu_packed_bytes(panels->groups.padded, linear->in), 64);
     panels->packed = cpu_scratch(b, SCRATCH_PACKED_X,
                                  (size_t)panels->groups.count * panels->packed_bytes);
