@@ -235,11 +235,27 @@ void engine_destroy(struct engine *engine) {
 
 // ------------------------------------------------------------------ the thread
 
+// Requests that come together begin together: else the first of them would be computed alone, and the
+// others wait for a whole step. An idle engine waits as long as another one comes within a 200th of a
+// step, and at most a 20th of one. Where steps are too short for timers, it does not wait.
+static void gather(struct engine *engine) {
+    static const double GAP_MIN_S = 50e-6;
+    double gap_s = engine->step_s / 200, until_s = engine_now_s() + engine->step_s / 20;
+    if (gap_s < GAP_MIN_S) return;
+    int count = 0, there = queue_wait_more(engine->submissions, 0, 0);
+    while (there > count && engine_now_s() < until_s) {
+        count = there;
+        there = queue_wait_more(engine->submissions, count, gap_s);
+    }
+}
+
 static void *engine_thread(void *argument) {
     struct engine *engine = argument;
     while (!atomic_load(&engine->stopping)) {
         if (!queue_wait_room(engine->events, engine->step_events_max)) break; // being destroyed
-        if (!engine_step(engine)) queue_wait(engine->submissions, IDLE_WAKE_S);
+        if (engine_step(engine)) continue;
+        queue_wait(engine->submissions, IDLE_WAKE_S);
+        gather(engine);
     }
     return NULL;
 }

@@ -98,6 +98,7 @@ struct engine {
         double decode_s;         // of a step in which all decode, a sequence
         double swap_bytes_per_s; // between pages and host memory
     } rates; // 0: not measured yet
+    double step_s;             // that the last step computed; 0: none yet
     double waiting_deadline_s; // earliest of those that wait; INFINITY = none
     double first_s;            // the last first token; 0 after a moment in which nobody waited
     double finish_s;           // the last request's end; 0 after an idle moment

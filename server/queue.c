@@ -91,18 +91,33 @@ int queue_pop(struct queue *queue, void *items, int max) {
     return taken;
 }
 
-void queue_wait(struct queue *queue, double timeout_s) {
-    VERIFY(timeout_s >= 0 && timeout_s < 1e6);
+static struct timespec time_in(double seconds) {
+    VERIFY(seconds >= 0 && seconds < 1e6);
     struct timespec until;
     clock_gettime(CLOCK_MONOTONIC, &until);
-    long long ns = until.tv_nsec + (long long)(timeout_s * 1e9);
+    long long ns = until.tv_nsec + (long long)(seconds * 1e9);
     until.tv_sec += ns / 1000000000;
     until.tv_nsec = ns % 1000000000;
+    return until;
+}
+
+void queue_wait(struct queue *queue, double timeout_s) {
+    struct timespec until = time_in(timeout_s);
     pthread_mutex_lock(&queue->lock);
     while (!queue->count && !queue->notified)
         if (pthread_cond_timedwait(&queue->filled, &queue->lock, &until)) break;
     queue->notified = false;
     pthread_mutex_unlock(&queue->lock);
+}
+
+int queue_wait_more(struct queue *queue, int count, double timeout_s) {
+    struct timespec until = time_in(timeout_s);
+    pthread_mutex_lock(&queue->lock);
+    while (queue->count <= count && !queue->closed)
+        if (pthread_cond_timedwait(&queue->filled, &queue->lock, &until)) break;
+    int there = queue->count;
+    pthread_mutex_unlock(&queue->lock);
+    return there;
 }
 
 void queue_notify(struct queue *queue) {

@@ -19,6 +19,9 @@ int queue_pop(struct queue *queue, void *items, int max);
 // `timeout_s` has passed.
 void queue_wait(struct queue *queue, double timeout_s);
 void queue_notify(struct queue *queue);
+// Waits until there are more than `count` items, it is closed, or `timeout_s` has passed; returns how
+// many there are.
+int queue_wait_more(struct queue *queue, int count, double timeout_s);
 // How many items can be pushed at least; only the pushing thread can make it less.
 int queue_room(struct queue *queue);
 // Waits until there is room for `count` items (at most the capacity); false: closed.

@@ -2,13 +2,14 @@
 after another, with the end of text ignored. ask() sends all prompts at once and returns, for each
 request, when its first and last token came and how many there were; times start with the sending.
 """
-import concurrent.futures
 import http.client
 import json
 import os
 import pathlib
+import selectors
 import shutil
 import signal
+import socket
 import subprocess
 import time
 
@@ -20,14 +21,13 @@ class Missing(Exception):
 
 
 def free_port():
-    import socket
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class HttpEngine:
-    """Streams of server-sent events, a request a thread."""
+    """Streams of server-sent events."""
 
     def launch(self, command, ready, environment=None):
         self.log = open(os.devnull, "w")
@@ -49,30 +49,45 @@ class HttpEngine:
             time.sleep(0.02)
         self.start_s = time.monotonic() - begin
 
-    def one(self, prompt, adapter, output, begin):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1200)
+    def http(self, prompt, adapter, output):
         path, body = self.request(prompt, adapter, output)
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise RuntimeError(answer.read()[:300])
+        body = json.dumps(body).encode()
+        return (f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: "
+                f"application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
+
+    def read(self, parts):
+        """What a stream's parts, each with its time, say."""
         first = last = None
-        tokens = 0
-        for line in answer:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            last = time.monotonic() - begin
-            first = first or last
-            tokens = self.total(event, tokens)
-        connection.close()
+        tokens, rest = 0, b""
+        for time_s, part in parts:
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    last, first = time_s, first or time_s
+                    tokens = self.total(json.loads(line[6:]), tokens)
+        if not tokens:
+            raise RuntimeError(b"".join(part for _, part in parts)[:300])
         return {"first_s": first, "last_s": last, "tokens": tokens}
 
     def ask(self, prompts, adapters, output):
+        """One thread, and nothing is looked into before all is over: the client shares the
+        processor with what it measures."""
+        requests = [self.http(p, a, output) for p, a in zip(prompts, adapters)]
+        sockets = [socket.create_connection(("127.0.0.1", self.port)) for _ in requests]
+        parts = {sock: [] for sock in sockets}
         begin = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
-            jobs = [pool.submit(self.one, p, a, output, begin) for p, a in zip(prompts, adapters)]
-            return [job.result() for job in jobs]
+        with selectors.DefaultSelector() as selector:
+            for sock, request in zip(sockets, requests):
+                sock.sendall(request)
+                selector.register(sock, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    part = key.fileobj.recv(1 << 16)
+                    parts[key.fileobj].append((time.monotonic() - begin, part))
+                    if not part:
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()
+        return [self.read(parts[sock]) for sock in sockets]
 
     def rss_bytes(self):
         with open(f"/proc/{self.process.pid}/status", encoding="utf-8") as file:

@@ -1,9 +1,11 @@
 // server/engine.h: what a request gets does not depend on who runs beside it, in which chunks, in
 // how small a pool, or how often it is preempted. Expectations are runs of each request alone.
 #include "engine_rig.h"
+#include "server/engine_internal.h"
 
 #include <pthread.h>
 #include <semaphore.h>
+#include <unistd.h>
 
 enum { JOBS = 16 };
 
@@ -278,6 +280,30 @@ static void destroy_with_requests_inside(void **state) {
     }
 }
 
+// Catches: an idle engine that computes the first of several requests alone, or waits for ever.
+static void begins_together(void **state) {
+    enum { N = 3, OUTPUT = 10 };
+    struct rig rig;
+    struct job jobs[N];
+    rig_open(&rig, (struct engine_options){.sequences_max = N, .step_tokens_max = 64}, 60, NULL);
+    rig.engine->step_s = 40; // as if steps were so long: requests may be 0.2 s apart, up to 2 s
+    struct error err = {0};
+    assert_int_equal(engine_start(rig.engine, &err), STATUS_OK);
+    for (int i = 0; i < N; i++) {
+        usleep(20000); // a hundred times what the tiny model's steps take; first, the engine gets idle
+        job_init(&jobs[i], i, 5, OUTPUT);
+        rig_submit(&rig, &jobs[i]);
+    }
+    for (int ended = 0; ended < N; usleep(1000)) {
+        rig_poll(&rig);
+        ended = 0;
+        for (int i = 0; i < N; i++) ended += jobs[i].terminals;
+    }
+    assert_int_equal(atomic_load(&rig.metrics.steps), OUTPUT);
+    for (int i = 0; i < N; i++) job_free(&jobs[i]);
+    rig_close(&rig);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(references_tell_jobs_apart),
@@ -286,6 +312,7 @@ int main(void) {
         cmocka_unit_test(echo_agrees_with_generation),
         cmocka_unit_test(threaded_load),
         cmocka_unit_test(destroy_with_requests_inside),
+        cmocka_unit_test(begins_together),
     };
     return cmocka_run_group_tests(tests, run_alone, NULL);
 }

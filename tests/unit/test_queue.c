@@ -109,6 +109,22 @@ static void close_wakes_who_waits_for_room(void **state) {
     queue_destroy(queue);
 }
 
+// Catches: a wait for more that ends with what was there, forgets what came during it, or outlasts
+// its time or the close.
+static void waits_for_more(void **state) {
+    struct queue *queue = queue_create(2, sizeof(int32_t));
+    assert_int_equal(queue_wait_more(queue, 0, 0), 0);
+    pthread_t thread;
+    assert_int_equal(pthread_create(&thread, NULL, produce, queue), 0);
+    assert_int_equal(queue_wait_more(queue, 1, 100), 2);
+    assert_int_equal(queue_wait_more(queue, 0, 100), 2);
+    assert_int_equal(queue_wait_more(queue, 2, 0.001), 2);
+    queue_close(queue);
+    assert_int_equal(queue_wait_more(queue, 2, 100), 2);
+    pthread_join(thread, NULL);
+    queue_destroy(queue);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(keeps_order_over_wraps),
@@ -117,6 +133,7 @@ int main(void) {
         cmocka_unit_test(notify_before_wait),
         cmocka_unit_test(two_threads),
         cmocka_unit_test(close_wakes_who_waits_for_room),
+        cmocka_unit_test(waits_for_more),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
