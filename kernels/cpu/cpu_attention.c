@@ -35,7 +35,7 @@ struct item {
 struct attention_job {
     struct backend *b;
     int layer;
-    float *y;
+    char *y; // of the backend's dtype
     const float *qkv;
     const struct attention_span *spans;
     int Q, K, G, D, D_padded; // G query heads a kv head
@@ -85,10 +85,11 @@ static const float *query_row(const struct attention_job *job, const struct item
     return job->qkv + (token * (size_t)(job->Q + 2 * job->K) + head) * (size_t)job->D;
 }
 
-static float *output_row(const struct attention_job *job, const struct item *item, int r) {
+static void *output_row(const struct attention_job *job, const struct item *item, int r) {
     size_t token = (size_t)(job->spans[item->span].token_first + item->token_first + r / job->G);
     size_t head = (size_t)(item->head * job->G + r % job->G);
-    return job->y + (token * (size_t)job->Q + head) * (size_t)job->D;
+    size_t first = (token * (size_t)job->Q + head) * (size_t)job->D;
+    return job->y + first * dtype_bytes(job->b->dtype);
 }
 
 // Context tokens that row r may see.
@@ -240,8 +241,9 @@ static void merge_row(const struct attention_job *job, float *sum, const float *
 }
 
 static void write_row(const struct attention_job *job, const struct item *item, int r,
-                      const float *sum) {
-    job->b->kernels->scale(output_row(job, item, r), sum + 2, 1.0f / sum[1], job->D);
+                      float *sum) {
+    job->b->kernels->scale(sum + 2, sum + 2, 1.0f / sum[1], job->D);
+    cpu_write_input(job->b, output_row(job, item, r), sum + 2, (size_t)job->D);
 }
 
 static void attention_chunk(void *context, int chunk, int thread) {

@@ -1,9 +1,9 @@
 // The CPU backend's table, its life and its memory. Operations run at once on the calling thread
 // and the workers it wakes, so a queue, events and `synchronize` have nothing to do here.
 //
-// Activations are f32. Weights and pool elements are f32 or bf16. It is the oracle for the other
-// backends: no operation is approximate beyond rounding. It allocates in a step only until its
-// scratch has grown to the largest step.
+// Activations are f32, but what matmuls read has the dtype of weights and pool elements, f32 or bf16. It
+// is the oracle for the other backends: no operation is approximate beyond rounding. It allocates in a
+// step only until its scratch has grown to the largest step.
 //
 // LORAD_CPU_ISA=avx512bf16|avx512vnni|avx512|avx2|scalar forces an instruction set,
 // LORAD_CPU_LINEAR=own|plain|onednn the base matmul: our own, the same without compact weights, or
@@ -242,6 +242,7 @@ static void cpu_synchronize(struct backend *b) {
 const struct backend_ops backend_cpu = {
     .name = "cpu",
     .activation_bytes = sizeof(float),
+    .narrow_inputs = true,
     .computes_on_host = true,
     .open = cpu_open,
     .close = cpu_close,

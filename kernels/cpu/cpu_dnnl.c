@@ -15,7 +15,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
-enum { TUNED_ROWS = 64, PIECE_ROWS = 512, SLOTS = 64 + PIECE_ROWS / 64, NARROW_ELEMENTS = 32768 };
+enum { TUNED_ROWS = 64, PIECE_ROWS = 512, SLOTS = 64 + PIECE_ROWS / 64 };
 
 struct shape {
     struct shape *next;
@@ -242,39 +242,16 @@ static void multiply_piece(const struct dnnl_linear *linear, float *y, const voi
     dnnl_memory_destroy(scratchpad);
 }
 
-struct narrow_job {
-    const struct cpu_kernels *kernels;
-    uint16_t *to;
-    const float *from;
-    size_t count;
-};
-
-static void narrow_chunk(void *context, int chunk, int thread) {
-    (void)thread;
-    const struct narrow_job *job = context;
-    size_t first = (size_t)chunk * NARROW_ELEMENTS;
-    size_t count = job->count - first < NARROW_ELEMENTS ? job->count - first : NARROW_ELEMENTS;
-    job->kernels->narrow(job->to + first, job->from + first, count);
-}
-
-void cpu_dnnl_linear(struct backend *b, const struct dnnl_linear *linear, float *y, const float *x,
-                     int tokens) {
+void cpu_dnnl_linear(const struct backend *b, const struct dnnl_linear *linear, float *y,
+                     const void *x, int tokens) {
     size_t in = (size_t)linear->shape->in, out = (size_t)linear->shape->out;
-    size_t bytes = dtype_bytes(b->dtype);
-    const char *from = (const char *)x;
-    if (b->dtype == DTYPE_BF16) {
-        struct narrow_job job = {b->kernels, NULL, x, (size_t)tokens * in};
-        job.to = cpu_scratch(b, SCRATCH_PACKED_X, job.count * bytes);
-        cpu_threads_run(b->threads, narrow_chunk, &job,
-                        (int)((job.count + NARROW_ELEMENTS - 1) / NARROW_ELEMENTS));
-        from = (const char *)job.to;
-    }
+    const char *from = x;
     omp_set_num_threads(b->thread_count); // for whichever thread calls
     for (int rows; tokens > 0; tokens -= rows) {
         rows = tokens >= PIECE_ROWS ? PIECE_ROWS : tokens >= 64 ? tokens / 64 * 64 : tokens;
         multiply_piece(linear, y, from, rows);
         y += (size_t)rows * out;
-        from += (size_t)rows * in * bytes;
+        from += (size_t)rows * in * dtype_bytes(b->dtype);
     }
 }
 

@@ -11,10 +11,11 @@ enum { CHUNK_ELEMENTS = 16384 }; // a chunk's activations: tens of microseconds 
 
 struct rows_job {
     struct backend *b;
-    void (*function)(struct rows_job *job, int row);
+    void (*function)(const struct rows_job *job, int row, int thread);
     int rows, rows_a_chunk;
     // What the functions below take from it:
-    float *y, *x;
+    void *y;
+    float *x;
     const void *table;
     enum dtype dtype;
     const float *residual, *gain, *cosines, *sines;
@@ -24,10 +25,9 @@ struct rows_job {
 };
 
 static void run_chunk(void *context, int chunk, int thread) {
-    (void)thread;
-    struct rows_job *job = context;
+    const struct rows_job *job = context;
     int first = chunk * job->rows_a_chunk, end = min_int(first + job->rows_a_chunk, job->rows);
-    for (int row = first; row < end; row++) job->function(job, row);
+    for (int row = first; row < end; row++) job->function(job, row, thread);
 }
 
 static void run_rows(struct rows_job *job, int row_elements) {
@@ -37,9 +37,22 @@ static void run_rows(struct rows_job *job, int row_elements) {
     cpu_threads_run(job->b->threads, run_chunk, job, chunks);
 }
 
-static void embed_row(struct rows_job *job, int row) {
+// Where row `row` of what a matmul reads is computed as f32: in y, or in the thread's scratch.
+static float *input_row(const struct rows_job *job, int row, int thread) {
+    if (job->b->dtype == DTYPE_BF16) return cpu_thread_scratch(job->b, thread);
+    return (float *)job->y + (size_t)row * (size_t)job->width;
+}
+
+static void write_input_row(const struct rows_job *job, int row, const float *from) {
+    size_t width = (size_t)job->width;
+    char *to = (char *)job->y + (size_t)row * width * dtype_bytes(job->b->dtype);
+    cpu_write_input(job->b, to, from, width);
+}
+
+static void embed_row(const struct rows_job *job, int row, int thread) {
+    (void)thread;
     size_t width = (size_t)job->width, at = (size_t)job->ids[row] * width;
-    float *to = job->y + (size_t)row * width;
+    float *to = (float *)job->y + (size_t)row * width;
     if (job->dtype == DTYPE_F32) memcpy(to, (const float *)job->table + at, width * sizeof *to);
     else if (job->dtype == DTYPE_BF16)
         job->b->kernels->widen(to, (const uint16_t *)job->table + at, width);
@@ -53,11 +66,12 @@ void cpu_embed(struct backend *b, void *y, const void *table, enum dtype dtype, 
     run_rows(&job, hidden);
 }
 
-static void rms_norm_row(struct rows_job *job, int row) {
+static void rms_norm_row(const struct rows_job *job, int row, int thread) {
     size_t at = (size_t)row * (size_t)job->width;
-    job->b->kernels->rms_norm(job->y + at, job->x + at,
-                              job->residual ? job->residual + at : NULL, job->gain, job->epsilon,
-                              job->width);
+    float *y = input_row(job, row, thread);
+    job->b->kernels->rms_norm(y, job->x + at, job->residual ? job->residual + at : NULL, job->gain,
+                              job->epsilon, job->width);
+    write_input_row(job, row, y);
 }
 
 void cpu_rms_norm(struct backend *b, void *y, void *x, const void *residual, const float *gain,
@@ -65,24 +79,28 @@ void cpu_rms_norm(struct backend *b, void *y, void *x, const void *residual, con
     struct rows_job job = {.b = b, .function = rms_norm_row, .rows = tokens, .y = y, .x = x,
                            .residual = residual, .gain = gain, .epsilon = epsilon,
                            .width = hidden};
+    cpu_threads_scratch(b, (size_t)hidden * sizeof(float));
     run_rows(&job, hidden);
 }
 
-static void silu_row(struct rows_job *job, int row) {
+static void silu_row(const struct rows_job *job, int row, int thread) {
     const float *gate = job->x + (size_t)row * 2 * (size_t)job->width;
-    job->b->kernels->silu_mul(job->y + (size_t)row * (size_t)job->width, gate, gate + job->width,
-                              job->width);
+    float *y = input_row(job, row, thread);
+    job->b->kernels->silu_mul(y, gate, gate + job->width, job->width);
+    write_input_row(job, row, y);
 }
 
 void cpu_silu_mul(struct backend *b, void *y, const void *gate_up, int tokens, int ffn) {
     struct rows_job job = {.b = b, .function = silu_row, .rows = tokens, .y = y,
                            .x = (float *)gate_up, .width = ffn};
+    cpu_threads_scratch(b, (size_t)ffn * sizeof(float));
     run_rows(&job, 4 * ffn);
 }
 
-static void gather_row(struct rows_job *job, int row) {
+static void gather_row(const struct rows_job *job, int row, int thread) {
+    (void)thread;
     size_t width = (size_t)job->width;
-    memcpy(job->y + (size_t)row * width, job->x + (size_t)job->ids[row] * width,
+    memcpy((float *)job->y + (size_t)row * width, job->x + (size_t)job->ids[row] * width,
            width * sizeof(float));
 }
 
@@ -95,7 +113,8 @@ void cpu_gather_rows(struct backend *b, void *y, const void *x, const int32_t *r
 
 // ------------------------------------------------------------------ RoPE and the KV cache
 
-static void rope_row(struct rows_job *job, int row) {
+static void rope_row(const struct rows_job *job, int row, int thread) {
+    (void)thread;
     const struct pool_shape *shape = &job->b->shape;
     const struct cpu_kernels *kernels = job->b->kernels;
     int D = shape->head_size, K = shape->kv_heads, Q = job->query_heads;

@@ -73,10 +73,17 @@ static inline int group_rows(const struct row_groups *groups, int group, int tot
     return min_int(groups->rows, total - group * groups->rows);
 }
 
-// Rows packed for a tile, rounded to the backend's dtype; and that tile.
+// Rows of f32 packed for a tile, rounded to the backend's dtype; and that tile.
 static inline void cpu_pack(const struct backend *b, void *to, const float *x, size_t stride,
                             int rows, int k) {
-    (b->dtype == DTYPE_BF16 ? b->kernels->pack_bf16 : b->kernels->pack_f32)(to, x, stride, rows, k);
+    (b->dtype == DTYPE_BF16 ? b->kernels->pack_rounded : b->kernels->pack_f32)(to, x, stride, rows,
+                                                                              k);
+}
+
+// `n` elements of what matmuls read, made of f32: the same, or bf16.
+static inline void cpu_write_input(const struct backend *b, void *to, const float *from, size_t n) {
+    if (b->dtype == DTYPE_BF16) b->kernels->narrow(to, from, n);
+    else if (to != from) memcpy(to, from, n * sizeof *from);
 }
 
 static inline void cpu_multiply(const struct backend *b, const struct cpu_tile *tile) {
@@ -114,19 +121,20 @@ struct panel_job {
     int piece;                  // words of k that all panels of a chunk use before the next
     bool outside;               // a tile's panels meet all groups before the next (cpu_panels.c)
     float *y;
-    const float *x;
+    const char *x; // of the backend's dtype
     int tokens;
     struct row_groups groups;
     char *packed;       // x, one row group every packed_bytes
     size_t packed_bytes;
-    void (*pack)(const struct panel_job *job, int group);
+    void (*pack)(const struct panel_job *job, int group, int thread);
     void (*multiply)(const struct panel_job *job, const struct panel_part *part);
     int at_once, chunks; // cpu_panels_run's own: panels of a tile; parts of the work
 };
 void cpu_panels_run(struct panel_job *job);
 
-static inline const float *group_input(const struct panel_job *job, int group) {
-    return job->x + (size_t)group * (size_t)job->groups.rows * (size_t)job->in;
+static inline const void *group_input(const struct panel_job *job, int group) {
+    size_t first = (size_t)group * (size_t)job->groups.rows * (size_t)job->in;
+    return job->x + first * dtype_bytes(job->b->dtype);
 }
 
 static inline char *group_packed(const struct panel_job *job, int group) {
@@ -174,7 +182,7 @@ MUST_CHECK enum status cpu_quant_create(struct backend *b, const void *weights, 
 void cpu_quant_destroy(struct quant_linear *linear);
 size_t cpu_quant_bytes(const struct quant_linear *linear);
 void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, float *y,
-                      const float *x, int tokens);
+                      const void *x, int tokens);
 
 // oneDNN's matmul in place of our tiles (cpu_dnnl.c).
 struct dnnl_context;
@@ -188,8 +196,8 @@ MUST_CHECK enum status cpu_dnnl_linear_create(struct dnnl_context *context, cons
                                               struct error *err);
 void cpu_dnnl_linear_destroy(struct dnnl_linear *linear);
 size_t cpu_dnnl_linear_bytes(const struct dnnl_linear *linear);
-void cpu_dnnl_linear(struct backend *b, const struct dnnl_linear *linear, float *y, const float *x,
-                     int tokens);
+void cpu_dnnl_linear(const struct backend *b, const struct dnnl_linear *linear, float *y,
+                     const void *x, int tokens);
 
 // Operations; see kernels/backend.h.
 enum status cpu_linear_create(struct backend *b, const void *weights, enum dtype dtype, int out,

@@ -121,7 +121,7 @@ struct cpu_kernels {
     const uint8_t *tile_rows;   // [rows] -> rows the tile computes (and x is packed for)
     const uint8_t *tile_panels; // [rows] -> panels it can take at once: 1, 2 or 4
     bool panels_outside;        // base matmuls: rows meet two panels at a time (cpu_panels.c)
-    bool packs_pairs;           // pack_bf16 makes bf16 pairs; else f32 values rounded to bf16
+    bool packs_pairs;           // bf16 is packed in pairs; else widened to f32
 
     void (*tile_f32)(const struct cpu_tile *tile);
     void (*tile_bf16)(const struct cpu_tile *tile);
@@ -130,10 +130,11 @@ struct cpu_kernels {
     void (*dot)(const struct cpu_dot *dot, bool bf16);
     void (*update)(const struct cpu_update *update, bool bf16);
 
-    // x [rows, k] with `stride` elements a row -> packed for the tile. `to` holds
-    // cpu_packed_bytes(); an odd k is filled up with a zero.
+    // x [rows, k] with `stride` elements a row -> packed for the tile; pack_rounded makes bf16 of f32.
+    // `to` holds cpu_packed_bytes(); an odd k is filled up with a zero.
     void (*pack_f32)(void *to, const float *x, size_t stride, int rows, int k);
-    void (*pack_bf16)(void *to, const float *x, size_t stride, int rows, int k);
+    void (*pack_bf16)(void *to, const uint16_t *x, size_t stride, int rows, int k);
+    void (*pack_rounded)(void *to, const float *x, size_t stride, int rows, int k);
 
     void (*tile_quant)(const struct cpu_quant_tile *tile, bool four_bits);
     // x -> 16 bits for tile_quant, each row by its own scale[rows]; sums: NULL, or [groups][R].
@@ -179,7 +180,7 @@ MUST_CHECK enum status cpu_isa_choose(const struct cpu_kernels **out, struct err
 // Whether the processor multiplies bf16 matrices in AMX tiles, which oneDNN knows how to use.
 bool cpu_isa_has_amx(void);
 
-// Bytes of `rows` packed rows of k elements (either pack function, any instruction set).
+// Bytes of `rows` packed rows of k elements (any pack function, any instruction set).
 static inline size_t cpu_packed_bytes(int padded_rows, int k) {
     return ((size_t)padded_rows * (size_t)(k + 1) + 2 * TILE_ROWS_MAX) * sizeof(float);
 }

@@ -86,7 +86,7 @@ INLINE void row_products(vf *acc, const vu *columns, const pair_x *x, const int 
             acc[r * N + c] = pair_multiply(acc[r * N + c], columns[c], x + r);
 }
 
-// acc += x w for one word of k: w is C panels' rows, x as pack_bf16 leaves it.
+// acc += x w for one word of k: w is C panels' rows, x as pack_bf16 and pack_rounded leave it.
 INLINE const pair_x *word_products(vf *acc, const vu *w, const pair_x *x, const int R, const int N) {
 #if KERNELS_BF16
     row_products(acc, w, x, R, N);
@@ -288,37 +288,49 @@ static void widen(float *to, const uint16_t *from, size_t n) {
     }
 }
 
+enum { PACK_PIECE = 128 };
+
 static void pack_f32(void *to, const float *x, size_t stride, int rows, int k) {
     pack_words(to, (const uint32_t *)(const void *)x, stride, rows, tile_rows[rows], k);
 }
 
-// In pieces of PIECE elements, each narrowed into a small buffer and transposed from there.
-static void pack_bf16(void *to, const float *x, size_t stride, int rows, int k) {
-    enum { PIECE = 128 };
+// One row of a piece, f32 or bf16, as the tile has it: in pairs of bf16, or as bf16 in f32.
+INLINE void pack_piece(void *to, const void *from, int count, bool rounds) {
+#if KERNELS_BF16
+    if (rounds) narrow(to, from, (size_t)count);
+    else memcpy(to, from, (size_t)count * 2);
+    if (count & 1) ((uint16_t *)to)[count] = 0;
+#else
+    uint16_t rounded[PACK_PIECE];
+    if (rounds) narrow(rounded, from, (size_t)count);
+    widen(to, rounds ? rounded : from, (size_t)count);
+    if (count & 1) ((float *)to)[count] = 0;
+#endif
+}
+
+// Each piece of PACK_PIECE elements is put into a small buffer and transposed from there.
+INLINE void pack_pieces(uint32_t *to, const char *x, size_t stride, int rows, int k, bool rounds) {
     int R = tile_rows[rows];
-    uint32_t *words = to;
-#if KERNELS_BF16
-    uint16_t part[TILE_ROWS_MAX][PIECE];
-#else
-    float part[TILE_ROWS_MAX][PIECE];
-#endif
-    for (int at = 0; at < k; at += PIECE) {
-        int count = k - at < PIECE ? k - at : PIECE, even = count + (count & 1);
-        for (int r = 0; r < rows; r++) {
-            const float *from = x + (size_t)r * stride + at;
-#if KERNELS_BF16
-            narrow(part[r], from, (size_t)count);
-#else
-            uint16_t rounded[PIECE];
-            narrow(rounded, from, (size_t)count);
-            widen(part[r], rounded, (size_t)count);
-#endif
-            if (even > count) part[r][count] = 0;
-        }
+    size_t bytes = rounds ? 4 : 2;
+    uint32_t part[TILE_ROWS_MAX][PACK_PIECE];
+    for (int at = 0; at < k; at += PACK_PIECE) {
+        int count = k - at < PACK_PIECE ? k - at : PACK_PIECE, even = count + (count & 1);
+        for (int r = 0; r < rows; r++)
+            pack_piece(part[r], x + ((size_t)r * stride + (size_t)at) * bytes, count, rounds);
         int n = KERNELS_BF16 ? even / 2 : even;
-        pack_words(words, (const uint32_t *)(const void *)part, sizeof part[0] / 4, rows, R, n);
-        words += (size_t)n * (size_t)R;
+        pack_words(to, part[0], PACK_PIECE, rows, R, n);
+        to += (size_t)n * (size_t)R;
     }
+}
+
+static void pack_rounded(void *to, const float *x, size_t stride, int rows, int k) {
+    pack_pieces(to, (const char *)x, stride, rows, k, true);
+}
+
+static void pack_bf16(void *to, const uint16_t *x, size_t stride, int rows, int k) {
+    if (KERNELS_BF16 && stride % 2 == 0 && k % 2 == 0) // pairs as they lie
+        pack_words(to, (const uint32_t *)(const void *)x, stride / 2, rows, tile_rows[rows], k / 2);
+    else pack_pieces(to, (const char *)x, stride, rows, k, false);
 }
 
 static void pair_rows(uint32_t *to, const uint16_t *first, const uint16_t *second, int n) {
@@ -457,6 +469,7 @@ const struct cpu_kernels KERNELS = {
     .pack_quant = pack_quant,
     .pack_f32 = pack_f32,
     .pack_bf16 = pack_bf16,
+    .pack_rounded = pack_rounded,
     .compact_encode = encode_compact,
     .tile_compact = multiply_compact,
     .transpose = transpose,

@@ -151,9 +151,15 @@ struct linear_job {
     const struct linear *linear;
 };
 
-static void pack_group(const struct panel_job *panels, int group) {
-    cpu_pack(panels->b, group_packed(panels, group), group_input(panels, group),
-             (size_t)panels->in, group_rows(&panels->groups, group, panels->tokens), panels->in);
+static void pack_group(const struct panel_job *panels, int group, int thread) {
+    (void)thread;
+    const struct cpu_kernels *kernels = panels->b->kernels;
+    const void *x = group_input(panels, group);
+    char *to = group_packed(panels, group);
+    int rows = group_rows(&panels->groups, group, panels->tokens);
+    if (panels->b->dtype == DTYPE_BF16)
+        kernels->pack_bf16(to, x, (size_t)panels->in, rows, panels->in);
+    else kernels->pack_f32(to, x, (size_t)panels->in, rows, panels->in);
 }
 
 // A thread's scratch: sums of its chunk with panels outside, then panels of compact weights that group 0

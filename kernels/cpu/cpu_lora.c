@@ -17,8 +17,6 @@
 
 enum {
     PIECE_BYTES = 4096,           // of a row of A at a time
-    NARROW_INLINE_MAX = 8192,     // elements of x the caller narrows alone
-    NARROW_ROWS = 4,              // of x that a thread narrows at a time
     ITEM_RANKS = 16,              // of a shrink item
     ITEM_TOKENS = 64,
     SHRINK_CHUNK_BYTES = 64 << 10, // of A, about, that are worth a chunk of their own
@@ -97,20 +95,7 @@ struct shrink_job {
     const struct lora_launch *launch;
     struct shrink_item *items;
     int *chunk_first; // [chunks + 1] items of each chunk
-    const char *x;    // [T, in] of the pool's type
-    uint16_t *narrowed;
-    int token_first, token_end; // that are in a segment
 };
-
-static void narrow_rows(void *context, int chunk, int thread) {
-    (void)thread;
-    const struct shrink_job *job = context;
-    int first = job->token_first + chunk * NARROW_ROWS;
-    int rows = min_int(NARROW_ROWS, job->token_end - first);
-    size_t in = (size_t)job->launch->in, at = (size_t)first * in;
-    job->b->kernels->narrow(job->narrowed + at, (const float *)job->launch->x + at,
-                            (size_t)rows * in);
-}
 
 // Where a chunk stands: DOT_ROWS rows of A from `rank` on, dot_tokens tokens from `token` on, the
 // piece of both that begins at element `at`.
@@ -161,7 +146,7 @@ static void shrink_piece(const struct shrink_job *job, const struct shrink_curso
     for (int i = 0; i < DOT_ROWS; i++)
         dot->a[i] = image_read(image, places[i], count, scratch->copy.pieces[i]);
     size_t token = (size_t)(segment->token_first + cursor->token);
-    dot->x = job->x + (token * in + (size_t)cursor->at) * bytes;
+    dot->x = (const char *)launch->x + (token * in + (size_t)cursor->at) * bytes;
     dot->x_stride = in * bytes;
     dot->bytes = count * bytes;
     dot->rows = min_int(DOT_ROWS, item->rank_end - cursor->rank);
@@ -236,27 +221,6 @@ static int cut_items(struct shrink_job *job, int count) {
     return chunks;
 }
 
-// x as the pool's type has it.
-static void narrow_x(struct shrink_job *job) {
-    const struct lora_launch *launch = job->launch;
-    job->x = launch->x;
-    if (job->b->dtype != DTYPE_BF16) return;
-    job->token_first = INT32_MAX;
-    for (int s = 0; s < launch->segment_count; s++) {
-        const struct lora_segment *segment = &launch->segments[s];
-        job->token_first = min_int(job->token_first, segment->token_first);
-        job->token_end = max_int(job->token_end, segment->token_first + segment->token_count);
-    }
-    size_t in = (size_t)launch->in;
-    job->narrowed = cpu_scratch(job->b, SCRATCH_PACKED_X, (size_t)job->token_end * in * 2);
-    job->x = (const char *)job->narrowed;
-    int tokens = job->token_end - job->token_first;
-    int chunks = divide_up(tokens, NARROW_ROWS);
-    if ((size_t)tokens * in <= NARROW_INLINE_MAX)
-        for (int i = 0; i < chunks; i++) narrow_rows(job, i, 0);
-    else cpu_threads_run(job->b->threads, narrow_rows, job, chunks);
-}
-
 static void launch_verify(const struct backend *b, const struct lora_launch *launch) {
     VERIFY(b->pool);
     VERIFY_OP(launch->target_count, <=, LORA_TARGETS_MAX);
@@ -275,7 +239,6 @@ void cpu_lora_shrink(struct backend *b, const struct lora_launch *launch) {
     job.items = (struct shrink_item *)(void *)lists;
     job.chunk_first = (int *)(void *)(lists + item_bytes);
     list_items(launch, job.items);
-    narrow_x(&job);
     cpu_threads_scratch(b, sizeof(struct lora_scratch));
     cpu_threads_run(b->threads, shrink_chunk, &job, cut_items(&job, count));
 }

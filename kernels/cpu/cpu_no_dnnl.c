@@ -27,8 +27,8 @@ void cpu_dnnl_linear_destroy(struct dnnl_linear *linear) {
     VERIFY(!linear);
 }
 
-void cpu_dnnl_linear(struct backend *b, const struct dnnl_linear *linear, float *y, const float *x,
-                     int tokens) {
+void cpu_dnnl_linear(const struct backend *b, const struct dnnl_linear *linear, float *y,
+                     const void *x, int tokens) {
     (void)b, (void)linear, (void)y, (void)x, (void)tokens;
     VERIFY(false);
 }

@@ -18,9 +18,8 @@ enum {
 };
 
 static void pack_group(void *context, int group, int thread) {
-    (void)thread;
     const struct panel_job *job = context;
-    job->pack(job, group);
+    job->pack(job, group, thread);
 }
 
 // Chunks differ by one tile's panels at most, so that threads of equal speed end together.
@@ -75,7 +74,7 @@ static void run_chunk(void *context, int chunk, int thread) {
 void cpu_panels_run(struct panel_job *job) {
     struct cpu_threads *threads = job->b->threads;
     if ((size_t)job->tokens * (size_t)job->in <= PACK_INLINE_MAX)
-        for (int group = 0; group < job->groups.count; group++) job->pack(job, group);
+        for (int group = 0; group < job->groups.count; group++) job->pack(job, group, 0);
     else cpu_threads_run(threads, pack_group, job, job->groups.count);
 
     bool stream = job->groups.count == 1;

@@ -198,14 +198,20 @@ static float *group_sums(const struct multiply_job *job, int group) {
     return (float *)(void *)(group_packed(&job->panels, group) + job->sums_at);
 }
 
-static void pack_group(const struct panel_job *panels, int group) {
+static void pack_group(const struct panel_job *panels, int group, int thread) {
     const struct multiply_job *job = (const struct multiply_job *)panels;
     const struct quant_linear *l = job->linear;
-    panels->b->kernels->pack_quant(group_packed(panels, group), group_scales(job, group),
-                                   l->four ? group_sums(job, group) : NULL,
-                                   group_input(panels, group), (size_t)l->in,
-                                   group_rows(&panels->groups, group, panels->tokens), l->in,
-                                   l->group_words);
+    struct backend *b = panels->b;
+    int rows = group_rows(&panels->groups, group, panels->tokens);
+    const float *x = group_input(panels, group);
+    if (b->dtype == DTYPE_BF16) {
+        float *wide = cpu_thread_scratch(b, thread);
+        b->kernels->widen(wide, (const uint16_t *)(const void *)x, (size_t)rows * (size_t)l->in);
+        x = wide;
+    }
+    b->kernels->pack_quant(group_packed(panels, group), group_scales(job, group),
+                           l->four ? group_sums(job, group) : NULL, x, (size_t)l->in, rows, l->in,
+                           l->group_words);
 }
 
 static void multiply(const struct panel_job *panels, const struct panel_part *part) {
@@ -241,7 +247,7 @@ static void multiply(const struct panel_job *panels, const struct panel_part *pa
 }
 
 void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, float *y,
-                      const float *x, int tokens) {
+                      const void *x, int tokens) {
     struct multiply_job job = {
         .panels = {.b = b, .out = linear->out, .in = linear->in, .panels = linear->panels,
                    .words = linear->words, .block = BLOCK_PANELS, .y = y, .x = x, .tokens = tokens,
@@ -256,5 +262,6 @@ void cpu_quant_linear(struct backend *b, const struct quant_linear *linear, floa
     panels->packed_bytes = job.sums_at + round_up((size_t)linear->groups * floats, 64);
     panels->packed = cpu_scratch(b, SCRATCH_PACKED_X,
                                  (size_t)panels->groups.count * panels->packed_bytes);
+    cpu_threads_scratch(b, (size_t)linear->in * floats); // a group's x, widened
     cpu_panels_run(panels);
 }

@@ -60,9 +60,10 @@ static void expect_same(const struct backend *pair[2], const uint16_t *w, int ou
     static const int tokens[] = {1, 2, 3, 4, 7, 12, 14, 17, 28, 29, 33, TOKENS_MAX};
     struct linear *linear[2];
     struct error err;
-    float *y[2], *x = mem_alloc_aligned(TOKENS_MAX * (size_t)in * sizeof *x);
+    float *y[2];
+    uint16_t *x = mem_alloc_aligned(TOKENS_MAX * (size_t)in * sizeof *x);
     for (size_t i = 0; i < TOKENS_MAX * (size_t)in; i++)
-        x[i] = (float)random_bits() / 2147483648.0f - 1.0f;
+        x[i] = f32_to_bf16((float)random_bits() / 2147483648.0f - 1.0f);
     for (int i = 0; i < 2; i++) {
         struct backend *b = (struct backend *)pair[i];
         assert_int_equal(backend_cpu.linear_create(b, w, DTYPE_BF16, out, in, &linear[i], &err), STATUS_OK);

@@ -50,17 +50,34 @@ static struct backend *open_setup(const struct setup *setup) {
     return b;
 }
 
+// x as a matmul reads it; x itself is rounded to that.
+static void *input_of(enum dtype dtype, float *x, size_t count) {
+    void *input = mem_alloc(count * dtype_bytes(dtype));
+    dtype_convert(input, dtype, x, DTYPE_F32, count);
+    dtype_to_f32(x, input, dtype, count);
+    return input;
+}
+
+static void multiply(struct backend *b, enum dtype dtype, const struct linear *linear, float *y,
+                     float *x, int tokens, int in) {
+    void *input = input_of(dtype, x, (size_t)tokens * (size_t)in);
+    ops->linear(b, linear, y, input, tokens);
+    free(input);
+}
+
 struct matrix {
     int out, in;
+    enum dtype dtype;
     float *stored; // [out, in]
     float *read;   // [out, in] as the multiplication has them, found out column by column
     struct linear *linear;
 };
 
 // Multiplying with unit vectors gives the rounded weights: 32767 times each, exactly scaled back.
-static struct matrix matrix_of(struct backend *b, int out, int in, const float *weights) {
+static struct matrix matrix_of(struct backend *b, enum dtype dtype, int out, int in,
+                               const float *weights) {
     size_t count = (size_t)out * (size_t)in;
-    struct matrix m = {out, in, mem_alloc(count * sizeof(float)),
+    struct matrix m = {out, in, dtype, mem_alloc(count * sizeof(float)),
                        mem_alloc(count * sizeof(float)), NULL};
     memcpy(m.stored, weights, count * sizeof *weights);
     struct error err = {0};
@@ -69,7 +86,7 @@ static struct matrix matrix_of(struct backend *b, int out, int in, const float *
     float *x = mem_zalloc((size_t)in, sizeof *x), *y = mem_alloc((size_t)out * sizeof *y);
     for (int k = 0; k < in; k++) {
         x[k] = 1.0f;
-        ops->linear(b, m.linear, y, x, 1);
+        multiply(b, dtype, m.linear, y, x, 1, in);
         x[k] = 0.0f;
         for (int o = 0; o < out; o++) m.read[(size_t)o * (size_t)in + (size_t)k] = y[o];
     }
@@ -78,9 +95,9 @@ static struct matrix matrix_of(struct backend *b, int out, int in, const float *
     return m;
 }
 
-static struct matrix matrix_create(struct backend *b, int out, int in) {
+static struct matrix matrix_create(struct backend *b, enum dtype dtype, int out, int in) {
     float *weights = random_floats((size_t)out * (size_t)in);
-    struct matrix m = matrix_of(b, out, in, weights);
+    struct matrix m = matrix_of(b, dtype, out, in, weights);
     free(weights);
     return m;
 }
@@ -121,7 +138,7 @@ static void check_products(struct backend *b, const struct matrix *m, int tokens
     size_t in = (size_t)m->in, out = (size_t)m->out;
     float *x = random_floats((size_t)tokens * in), *y = random_floats((size_t)tokens * out + 1);
     y[(size_t)tokens * out] = 7.0f;
-    ops->linear(b, m->linear, y, x, tokens);
+    multiply(b, m->dtype, m->linear, y, x, tokens, m->in);
     for (size_t t = 0; t < (size_t)tokens; t++)
         for (size_t o = 0; o < out; o++) {
             double sum = 0, size = 0, weights = 0, most = 0;
@@ -150,7 +167,7 @@ static void test_products(void **state) {
         struct backend *b = open_setup(&setups[s]);
         if (!b) continue;
         for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
-            struct matrix m = matrix_create(b, shapes[i][0], shapes[i][1]);
+            struct matrix m = matrix_create(b, setups[s].dtype, shapes[i][0], shapes[i][1]);
             check_rounding(&m, setups[s].quantization);
             for (size_t t = 0; t < sizeof tokens / sizeof *tokens; t++)
                 check_products(b, &m, tokens[t]);
@@ -166,9 +183,11 @@ static void test_rows_invariant(void **state) {
     for (int s = 0; s < SETUPS; s++) {
         struct backend *b = open_setup(&setups[s]);
         if (!b) continue;
-        struct matrix m = matrix_create(b, OUT, IN);
+        struct matrix m = matrix_create(b, setups[s].dtype, OUT, IN);
         float *x = random_floats(ROWS * IN);
-        expect_rows_alike(ops, b, m.linear, x, ROWS, OUT, IN, sizeof *x);
+        void *input = input_of(setups[s].dtype, x, ROWS * IN);
+        expect_rows_alike(ops, b, m.linear, input, ROWS, OUT, IN, dtype_bytes(setups[s].dtype));
+        free(input);
         free(x);
         matrix_destroy(b, &m);
         ops->close(b);
@@ -192,7 +211,7 @@ static void test_grids_are_kept(void **state) {
                 for (int k = i; k < i + group; k++)
                     weights[k] = scale * (float)((int)(fabsf(random_float()) * 15.99f) - zero);
             }
-            struct matrix m = matrix_of(b, OUT, IN, weights);
+            struct matrix m = matrix_of(b, setups[s].dtype, OUT, IN, weights);
             for (int i = 0; i < OUT * IN; i++)
                 if (fabsf(m.read[i] - weights[i]) > 1e-5f * fabsf(weights[i]) + 1e-7f)
                     fail_msg("groups of %d: weight %d was %g and is %g", group, i,
@@ -222,7 +241,7 @@ static void test_extremes(void **state) {
         struct error err = {0};
         assert_int_equal(ops->linear_create(b, weights, DTYPE_F32, OUT, IN, &linear, &err),
                          STATUS_OK);
-        ops->linear(b, linear, y, x, 4);
+        multiply(b, setups[s].dtype, linear, y, x, 4, IN);
         for (int o = 0; o < OUT; o++) {
             double expected = o == 3 ? 0 : (o % 2 ? -6.0 : 6.0) * IN;
             assert_true(fabs((double)y[o] - expected) <= fabs(expected) * 1e-4);
