@@ -128,6 +128,7 @@ static void activations_make(struct rig *rig) {
     rig->slots = mem_zalloc(T, sizeof(int32_t));
     rig->spans = mem_zalloc(T, sizeof *rig->spans);
     rig->segments = mem_zalloc(T, sizeof *rig->segments);
+    rig->block_segments = mem_zalloc(T, sizeof *rig->block_segments);
     rig_fill(rig, rig->gain, H);
     rig_fill(rig, rig->cosines, positions * half);
     rig_fill(rig, rig->x, T * H);

@@ -45,7 +45,7 @@ struct rig {
     float *x, *normed, *qkv, *heads, *delta, *gate_up, *gated, *logits, *v; // device memory
     int32_t *positions, *slots;
     struct attention_span *spans;
-    struct lora_segment *segments;
+    struct lora_segment *segments, *block_segments;
     struct step step; // of these arrays
     int span_count, segment_count;
     int32_t **kv_pages, **adapter_pages; // [sequences]

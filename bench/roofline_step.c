@@ -31,12 +31,17 @@ static void end(const struct step_watch *watch, enum operation operation) {
     if (watch->end) watch->end(watch->context, operation);
 }
 
-static void lora_run(struct rig *rig, int layer, const float *x, const struct target *targets,
-                     int count, const struct step_watch *watch) {
+struct segments {
+    const struct lora_segment *of;
+    int count;
+};
+
+static void lora_run(struct rig *rig, int layer, const float *x, struct segments segments,
+                     const struct target *targets, int count, const struct step_watch *watch) {
     if (rig->options.rank_count == 0) return;
     struct lora_launch launch = {.layer = layer, .x = x, .in = rig->in[targets[0].module],
-                                 .target_count = count, .segments = rig->segments,
-                                 .segment_count = rig->segment_count, .v = rig->v};
+                                 .target_count = count, .segments = segments.of,
+                                 .segment_count = segments.count, .v = rig->v};
     for (int i = 0; i < count; i++) {
         launch.target[i].module = targets[i].module;
         launch.target[i].y = targets[i].y;
@@ -60,10 +65,10 @@ static void linear_run(struct rig *rig, const struct linear *weights, float *y, 
     end(watch, operation);
 }
 
-static void norm_run(struct rig *rig, int T, const struct step_watch *watch) {
+static void norm_run(struct rig *rig, int first, int T, const struct step_watch *watch) {
     if (!begin(watch, OP_NORM)) return;
-    rig->ops->rms_norm(rig->backend, rig->normed, rig->x, NULL, rig->gain, 1e-5f, T,
-                       rig->shape.hidden);
+    float *x = rig->x + (size_t)first * (size_t)rig->shape.hidden;
+    rig->ops->rms_norm(rig->backend, rig->normed, x, NULL, rig->gain, 1e-5f, T, rig->shape.hidden);
     end(watch, OP_NORM);
 }
 
@@ -81,27 +86,44 @@ static void attention_run(struct rig *rig, int layer, int T, const struct step_w
     }
 }
 
-static void layer_run(struct rig *rig, int l, int T, const struct step_watch *watch) {
+static void ffn_run(struct rig *rig, int l, int first, int T, struct segments segments,
+                    const struct step_watch *watch) {
     const struct rig_shape *s = &rig->shape;
     const struct rig_layer *w = &rig->layers[l];
-    int q = s->query_heads * s->head_size, kv = s->kv_heads * s->head_size, stride = q + 2 * kv;
-    norm_run(rig, T, watch);
-    linear_run(rig, w->qkv, rig->qkv, rig->normed, T, watch, OP_QKV);
-    lora_run(rig, l, rig->normed, (struct target[]){{LORA_Q, rig->qkv, stride},
-             {LORA_K, rig->qkv + q, stride}, {LORA_V, rig->qkv + q + kv, stride}}, 3, watch);
-    attention_run(rig, l, T, watch);
-    linear_run(rig, w->out, rig->delta, rig->heads, T, watch, OP_OUT);
-    lora_run(rig, l, rig->heads, (struct target[]){{LORA_O, rig->delta, s->hidden}}, 1, watch);
-    norm_run(rig, T, watch);
+    float *delta = rig->delta + (size_t)first * (size_t)s->hidden;
+    norm_run(rig, first, T, watch);
     linear_run(rig, w->gate_up, rig->gate_up, rig->normed, T, watch, OP_GATE_UP);
-    lora_run(rig, l, rig->normed, (struct target[]){{LORA_GATE, rig->gate_up, 2 * s->ffn},
-             {LORA_UP, rig->gate_up + s->ffn, 2 * s->ffn}}, 2, watch);
+    lora_run(rig, l, rig->normed, segments,
+             (struct target[]){{LORA_GATE, rig->gate_up, 2 * s->ffn},
+                               {LORA_UP, rig->gate_up + s->ffn, 2 * s->ffn}}, 2, watch);
     if (begin(watch, OP_SILU)) {
         rig->ops->silu_mul(rig->backend, rig->gated, rig->gate_up, T, s->ffn);
         end(watch, OP_SILU);
     }
-    linear_run(rig, w->down, rig->delta, rig->gated, T, watch, OP_DOWN);
-    lora_run(rig, l, rig->gated, (struct target[]){{LORA_DOWN, rig->delta, s->hidden}}, 1, watch);
+    linear_run(rig, w->down, delta, rig->gated, T, watch, OP_DOWN);
+    lora_run(rig, l, rig->gated, segments, (struct target[]){{LORA_DOWN, delta, s->hidden}}, 1,
+             watch);
+}
+
+static void layer_run(struct rig *rig, int l, int T, const struct step_watch *watch) {
+    const struct rig_shape *s = &rig->shape;
+    const struct rig_layer *w = &rig->layers[l];
+    int q = s->query_heads * s->head_size, kv = s->kv_heads * s->head_size, stride = q + 2 * kv;
+    struct segments all = {rig->segments, rig->segment_count}, some = {rig->block_segments, 0};
+    norm_run(rig, 0, T, watch);
+    linear_run(rig, w->qkv, rig->qkv, rig->normed, T, watch, OP_QKV);
+    lora_run(rig, l, rig->normed, all, (struct target[]){{LORA_Q, rig->qkv, stride},
+             {LORA_K, rig->qkv + q, stride}, {LORA_V, rig->qkv + q + kv, stride}}, 3, watch);
+    attention_run(rig, l, T, watch);
+    linear_run(rig, w->out, rig->delta, rig->heads, T, watch, OP_OUT);
+    lora_run(rig, l, rig->heads, all, (struct target[]){{LORA_O, rig->delta, s->hidden}}, 1, watch);
+    int count = row_block_count(rig->ops, T);
+    for (int block = 0; block < count; block++) {
+        int first = row_block_first(T, count, block);
+        int rows = row_block_first(T, count, block + 1) - first;
+        some.count = row_block_segments(rig->block_segments, all.of, all.count, first, rows);
+        ffn_run(rig, l, first, rows, count == 1 ? all : some, watch);
+    }
 }
 
 int logit_rows(const struct rig *rig, int T) {

@@ -120,6 +120,7 @@ struct backend_ops {
     // weights, in room for activations.
     bool narrow_inputs;
     bool computes_on_host; // steps take the processor that everything else runs on
+    int ffn_rows; // of which the FFN's activations stay in its caches; 0: no matter (row_block_count)
 
     MUST_CHECK enum status (*open)(const struct backend_options *options, struct backend **out,
                                    struct error *err);
@@ -210,6 +211,20 @@ extern const struct backend_ops backend_cpu;
 extern const struct backend_ops backend_cuda; // defined where LORAD_CUDA_BUILT or LORAD_EMULATE is
 // The backend called "cpu" or "cuda"; NULL: this build has none of that name.
 const struct backend_ops *backend_find(const char *name);
+
+// The FFN's activations are the widest of a step: of many rows they leave the caches between two
+// operations. Where a backend says so, the FFN goes over a step's rows in blocks of about ffn_rows, all
+// its operations for one before the next. Rows do not depend on each other: the results are the same.
+//
+// Into how many blocks a step of `rows` is cut, and where one begins; behind the last: `rows`.
+int row_block_count(const struct backend_ops *ops, int rows);
+int row_block_first(int rows, int count, int block);
+// No block of a step of up to `rows` has more.
+int row_block_rows_max(const struct backend_ops *ops, int rows);
+// A step's segments as rows [first, first + rows) alone have them, counted from `first`; v stays where
+// it is. Returns how many; `to` has room for `count`.
+int row_block_segments(struct lora_segment *to, const struct lora_segment *segments, int count,
+                       int first, int rows);
 
 #ifdef __cplusplus
 }

@@ -244,6 +244,7 @@ const struct backend_ops backend_cpu = {
     .activation_bytes = sizeof(float),
     .narrow_inputs = true,
     .computes_on_host = true,
+    .ffn_rows = 128,
     .open = cpu_open,
     .close = cpu_close,
     .health = cpu_health,

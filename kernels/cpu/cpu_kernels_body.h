@@ -408,11 +408,18 @@ static void rotate(float *head, const float *cosines, const float *sines, int ha
 static float maximum(const float *x, int n) {
     float best = x[0];
     int i = 0;
-    if (n >= VECTOR_WIDTH) {
-        vf wide = vf_load(x);
-        for (i = VECTOR_WIDTH; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH)
-            wide = vf_max(wide, vf_load(x + i));
-        best = vf_maximum(wide);
+    if (n >= 4 * VECTOR_WIDTH) { // four at a time do not wait for each other
+        vf wide[4];
+        for (int c = 0; c < 4; c++) wide[c] = vf_load(x + c * VECTOR_WIDTH);
+        for (i = 4 * VECTOR_WIDTH; i + 4 * VECTOR_WIDTH <= n; i += 4 * VECTOR_WIDTH)
+#pragma GCC unroll 4
+            for (int c = 0; c < 4; c++)
+                wide[c] = vf_max(wide[c], vf_load(x + i + c * VECTOR_WIDTH));
+        best = vf_maximum(vf_max(vf_max(wide[0], wide[1]), vf_max(wide[2], wide[3])));
+    }
+    for (; i + VECTOR_WIDTH <= n; i += VECTOR_WIDTH) {
+        float other = vf_maximum(vf_load(x + i));
+        best = other > best ? other : best;
     }
     for (; i < n; i++) best = x[i] > best ? x[i] : best;
     return best;

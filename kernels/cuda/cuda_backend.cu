@@ -210,6 +210,7 @@ extern const struct backend_ops backend_cuda = {
     .activation_bytes = sizeof(float),
     .narrow_inputs = true,
     .computes_on_host = false,
+    .ffn_rows = 0,
     .open = backend_open,
     .close = backend_close,
     .health = health,

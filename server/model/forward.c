@@ -33,21 +33,28 @@ static void *columns(const struct model *m, void *rows, int first) {
     return (char *)rows + (size_t)first * m->ops->activation_bytes;
 }
 
-// targets' y [T, out] += B (A x [T, in]), for each adapter segment of the step: A x before the base
+// Rows of a step, and the adapters over them.
+struct rows {
+    int first, count;
+    const struct lora_segment *segments;
+    int segment_count;
+};
+
+// targets' y [T, out] += B (A x [T, in]), for each adapter segment of the rows: A x before the base
 // matmul of x, the rest behind it.
-static struct lora_launch lora_begin(struct model *m, const struct step *step, int layer,
+static struct lora_launch lora_begin(struct model *m, const struct rows *rows, int layer,
                                      const void *x, int in, int target_count,
                                      const struct lora_target *targets) {
     struct lora_launch launch = {
         .layer = layer, .x = x, .in = in, .target_count = target_count,
-        .segments = step->segments, .segment_count = step->segment_count, .v = m->v};
+        .segments = rows->segments, .segment_count = rows->segment_count, .v = m->v};
     for (int i = 0; i < target_count; i++) {
         launch.target[i].module = targets[i].module;
         launch.target[i].y = targets[i].y;
         launch.target[i].out = targets[i].out;
         launch.target[i].stride = targets[i].stride;
     }
-    if (step->segment_count > 0) m->ops->lora_shrink(m->backend, &launch);
+    if (rows->segment_count > 0) m->ops->lora_shrink(m->backend, &launch);
     return launch;
 }
 
@@ -65,9 +72,10 @@ static void attention_block(struct model *m, const struct step *step, int T, int
     int H = c->hidden;
     int q = c->query_heads * c->head_size, kv = c->kv_heads * c->head_size;
     int stride = q + 2 * kv;
+    struct rows rows = {0, T, step->segments, step->segment_count};
 
     struct lora_launch lora =
-        lora_begin(m, step, layer, m->normed, H, 3,
+        lora_begin(m, &rows, layer, m->normed, H, 3,
                    (struct lora_target[]){{LORA_Q, m->qkv, q, stride},
                                           {LORA_K, columns(m, m->qkv, q), kv, stride},
                                           {LORA_V, columns(m, m->qkv, q + kv), kv, stride}});
@@ -77,29 +85,52 @@ static void attention_block(struct model *m, const struct step *step, int T, int
                            step->slots, T, c->query_heads);
     ops->attention(m->backend, layer, m->heads, m->qkv, step->spans, step->span_count,
                    c->query_heads);                                    // -> [T, Q D]
-    lora = lora_begin(m, step, layer, m->heads, q, 1,
+    lora = lora_begin(m, &rows, layer, m->heads, q, 1,
                       (struct lora_target[]){{LORA_O, m->delta, H, H}});
     ops->linear(m->backend, w->attention_out, m->delta, m->heads, T); // [T, Q D] -> [T, H]
     lora_end(m, &lora);
 }
 
-// delta = down(silu(gate(normed)) * up(normed)): [T, H] -> [T, H].
-static void ffn_block(struct model *m, const struct step *step, int T, int layer) {
+// Row `first` of [T, H] activations.
+static void *activation_row(const struct model *m, void *activations, int first) {
+    return columns(m, activations, first * m->config.hidden);
+}
+
+// delta = down(silu(gate(norm)) * up(norm)), norm of x + delta: [T, H] -> [T, H], for some rows.
+static void ffn_rows(struct model *m, const struct rows *rows, int layer) {
     const struct backend_ops *ops = m->ops;
     const struct layer_weights *w = &m->weights.layers[layer];
-    int H = m->config.hidden, F = m->config.ffn;
+    int H = m->config.hidden, F = m->config.ffn, T = rows->count;
+    void *x = activation_row(m, m->x, rows->first);
+    void *delta = activation_row(m, m->delta, rows->first);
 
+    ops->rms_norm(m->backend, m->normed, x, delta, w->ffn_norm, m->config.norm_epsilon, T, H);
     struct lora_launch lora =
-        lora_begin(m, step, layer, m->normed, H, 2,
+        lora_begin(m, rows, layer, m->normed, H, 2,
                    (struct lora_target[]){{LORA_GATE, m->gate_up, F, 2 * F},
                                           {LORA_UP, columns(m, m->gate_up, F), F, 2 * F}});
     ops->linear(m->backend, w->gate_up, m->gate_up, m->normed, T); // [T, H] -> [T, 2F]
     lora_end(m, &lora);
     ops->silu_mul(m->backend, m->gated, m->gate_up, T, F); // -> [T, F]
-    lora = lora_begin(m, step, layer, m->gated, F, 1,
-                      (struct lora_target[]){{LORA_DOWN, m->delta, H, H}});
-    ops->linear(m->backend, w->down, m->delta, m->gated, T); // [T, F] -> [T, H]
+    lora = lora_begin(m, rows, layer, m->gated, F, 1,
+                      (struct lora_target[]){{LORA_DOWN, delta, H, H}});
+    ops->linear(m->backend, w->down, delta, m->gated, T); // [T, F] -> [T, H]
     lora_end(m, &lora);
+}
+
+static void ffn_block(struct model *m, const struct step *step, int T, int layer) {
+    struct rows rows = {0, T, step->segments, step->segment_count};
+    int count = row_block_count(m->ops, T);
+    for (int block = 0; block < count; block++) {
+        rows.first = row_block_first(T, count, block);
+        rows.count = row_block_first(T, count, block + 1) - rows.first;
+        if (count > 1) {
+            rows.segments = m->block_segments;
+            rows.segment_count = row_block_segments(m->block_segments, step->segments,
+                                                    step->segment_count, rows.first, rows.count);
+        }
+        ffn_rows(m, &rows, layer);
+    }
 }
 
 // What the backend trusts, checked on this side of the door.
@@ -151,7 +182,6 @@ static void step_queue(struct model *m, const struct step *step, int T, int R) {
         const void *residual = l > 0 ? m->delta : NULL;
         ops->rms_norm(m->backend, m->normed, m->x, residual, w->attention_norm, epsilon, T, H);
         attention_block(m, step, T, l);
-        ops->rms_norm(m->backend, m->normed, m->x, m->delta, w->ffn_norm, epsilon, T, H);
         ffn_block(m, step, T, l);
     }
     if (R == 0) return; // a prefill chunk that is not its prompt's last
@@ -291,7 +321,7 @@ static enum status activations_create(struct model *m, struct error *err) {
     }
     size_t q = (size_t)c->query_heads * (size_t)c->head_size;
     size_t kv = (size_t)c->kv_heads * (size_t)c->head_size, F = (size_t)c->ffn;
-    size_t normed_rows = T > R ? T : R;
+    size_t normed_rows = T > R ? T : R, block_rows = (size_t)row_block_rows_max(m->ops, (int)T);
     struct {
         void **pointer;
         size_t bytes, at;
@@ -301,8 +331,8 @@ static enum status activations_create(struct model *m, struct error *err) {
         {&m->qkv, T * (q + 2 * kv) * a, 0},
         {&m->heads, T * q * a, 0},
         {&m->delta, T * H * a, 0},
-        {&m->gate_up, T * 2 * F * a, 0},
-        {&m->gated, T * F * a, 0},
+        {&m->gate_up, block_rows * 2 * F * a, 0},
+        {&m->gated, block_rows * F * a, 0},
         {&m->rows, R * H * a, 0},
         {&m->rows_delta, R * H * a, 0},
         {&m->logits, R * (size_t)c->vocabulary * a, 0},
@@ -320,6 +350,7 @@ static enum status activations_create(struct model *m, struct error *err) {
     for (size_t i = 0; i < count; i++) *parts[i].pointer = (char *)m->activations + parts[i].at;
 
     size_t logits = R * (size_t)c->vocabulary;
+    m->block_segments = mem_zalloc((size_t)m->segments_max + 1, sizeof *m->block_segments);
     m->host_logits = host_memory(m, logits * sizeof(float));
     m->host_ids = host_memory(m, R * sizeof *m->host_ids);
     if (a != sizeof(float)) m->host_download = host_memory(m, logits * a);
@@ -377,6 +408,7 @@ void model_destroy(struct model *m) {
     if (m->cosines) m->ops->memory_destroy(m->backend, m->cosines);
     if (m->sines) m->ops->memory_destroy(m->backend, m->sines);
     if (m->activations) m->ops->memory_destroy(m->backend, m->activations);
+    free(m->block_segments);
     host_memory_free(m, m->host_logits);
     host_memory_free(m, m->host_ids);
     host_memory_free(m, m->host_download);

@@ -39,14 +39,15 @@ struct model {
     void *qkv;     // [T, (Q + 2K) D]
     void *heads;   // [T, Q D]
     void *delta;   // [T, H] what a block adds to x
-    void *gate_up; // [T, 2F]
-    void *gated;   // [T, F]
+    void *gate_up; // [T, 2F], of a block of rows (row_block_count)
+    void *gated;   // [T, F], likewise
     void *rows;    // [R, H] x of the rows whose logits are wanted
     void *rows_delta; // [R, H]
     void *logits;  // [R, V]
     int32_t *ids;  // [R] tokens that the backend draws
     float *v;      // LoRA scratch [v_rows_max, LORA_TARGETS_MAX, LORA_RANK_MAX]
 
+    struct lora_segment *block_segments; // [segments_max]
     const struct step *queued; // NULL: none; borrowed
     float *host_logits;  // [R, V]
     int32_t *host_ids;   // [R]

@@ -25,7 +25,8 @@ enum { FIXTURES = sizeof fixtures / sizeof *fixtures };
 static const struct backend_ops *const backends[] = {&backend_cuda};
 #else
 #define TESTED_BACKEND backend_cpu
-static const struct backend_ops *const backends[] = {&plain_backend, &backend_cpu};
+static struct backend_ops blocked_backend; // the CPU's, with the FFN in blocks of few rows
+static const struct backend_ops *const backends[] = {&plain_backend, &backend_cpu, &blocked_backend};
 #endif
 enum { BACKENDS = sizeof backends / sizeof *backends };
 
@@ -426,6 +427,10 @@ static void adapter_geometry(void **state) {
 }
 
 int main(void) {
+#ifndef LORAD_EMULATE
+    blocked_backend = backend_cpu;
+    blocked_backend.ffn_rows = 10; // 15 rows and more are cut, into blocks of 16
+#endif
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(alone),
         cmocka_unit_test(chunked_prefill),
