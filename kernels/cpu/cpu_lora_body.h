@@ -7,7 +7,6 @@
 
 enum { DOT_SUMS = DOT_ROWS * DOT_TOKENS_MAX };
 enum { UPDATE_VECTORS = 4 }; // of columns, at a time
-enum { Y_AHEAD = 16 };       // tokens of many, whose y is asked for so long before
 // Where B is asked for: elsewhere more can be in flight to the second level, on Zen to the first.
 enum { B_LOCALITY = KERNELS_BF16 ? 3 : 2 };
 
@@ -141,11 +140,6 @@ INLINE void update_block(const struct cpu_update *u, int column, int count, cons
         v[t] = u->v + (size_t)(t < u->tokens ? t : u->tokens - 1) * u->v_stride;
 #pragma GCC unroll 16
     for (int i = 0; i < T * C; i++) acc[i] = vf_set(0.0f);
-    for (int t = 0; T > 1 && t < T; t++) {
-        const float *y = u->y + (size_t)(Y_AHEAD + t) * u->y_stride + column;
-#pragma GCC unroll 4
-        for (int c = 0; c < C; c++) __builtin_prefetch(y + c * VECTOR_WIDTH, 1);
-    }
     for (int r = 0; r < u->rank; r++, b += row_bytes, next += row_bytes) {
         vf row[UPDATE_VECTORS];
 #pragma GCC unroll 4
