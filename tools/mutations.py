@@ -20,7 +20,7 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 T, P, R, E, A, N, H, D = ("test_engine_tiers", "test_prefix", "test_residency", "test_engine",
                           "test_adapter", "test_tenants", "test_host_store", "test_draft")
-B, C = "test_backend_cpu", "test_compact"
+B, C, M, Q = "test_backend_cpu", "test_compact", "test_model", "test_quant"
 
 # invariant, file, what is there, what is put there, tests that shall notice
 MUTATIONS = [
@@ -36,6 +36,13 @@ MUTATIONS = [
      ".position = engine->step", [E]),
     ("1", "pager/host_store.c", "((size_t)layer * elems + at) * bytes", "at * bytes", [H]),
     ("1", "pager/host_store.c", "adapter->pages + at / geometry->page_elems", "adapter->pages", [H]),
+    ("1", "kernels/row_block.c", "part.v_first += skipped;", "", [M, "test_row_block"]),
+    ("1", "kernels/row_block.c", "part.token_first -= first;", "", [M, "test_row_block"]),
+    ("1", "server/model/forward.c", "activation_row(m, m->delta, rows->first)", "m->delta", [M]),
+    ("1", "kernels/cpu/cpu_kernels_body.h", "KERNELS_BF16 && stride % 2 == 0 && k % 2 == 0",
+     "KERNELS_BF16", [B]),
+    ("1", "kernels/cpu/cpu_quant.c", "(size_t)rows * (size_t)l->in);\n        x = wide;",
+     "(size_t)l->in);\n        x = wide;", [Q]),
     ("1", "kernels/cpu/cpu_internal.h", "adds && r < rows", "r < 0", [B]),
     ("1", "kernels/cpu/cpu_kv.c", "&= 0xffff;", "&= 0xffffffff;", [B]),
     ("1", "kernels/cpu/cpu_kv.c", "if (D == padded && !half)", "if (!half)", [B]),
@@ -151,6 +158,7 @@ MUTATIONS = [
     ("C", "server/engine_adapters.c",
      "    if (cold != item->cold) tenants_set_cold(engine->tenants, item, cold);", "    (void)cold;",
      [T]),
+    ("C", "server/engine.c", "        gather(engine);", "", [E]),
     ("C", "server/engine_ends.c", "now_s + wait_s <= first_token_limit_s(engine, sequence)", "1",
      ["test_engine_ends"]),
 ]

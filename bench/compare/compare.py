@@ -41,8 +41,9 @@ def prompts(count, length, seed):
 
 def measure(engine, adapters, seed):
     """One round of one engine."""
-    engine.ask(prompts(1, 8, seed), [None], 4)  # the first request pays for what is made lazily
-    engine.ask(prompts(adapters, 8, seed + 1), list(range(adapters)), 2)
+    # The first requests of a kind pay for what is made lazily, memory pages among it.
+    engine.ask(prompts(MANY, PROMPT, seed), [None] * MANY, 4)
+    engine.ask(prompts(MANY, PROMPT, seed + 1), [i % adapters for i in range(MANY)], 4)
     result = {}
     one = engine.ask(prompts(1, PROMPT, seed + 2), [None], OUTPUT)[0]
     result["decode 1"] = {"tokens_per_s": (one["tokens"] - 1) / (one["last_s"] - one["first_s"])}

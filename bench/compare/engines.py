@@ -110,7 +110,7 @@ class Lorad(HttpEngine):
         self.port = free_port()
         folder = pathlib.Path(options.folder)
         command = [options.lorad, "serve", "--model", str(folder / "hf"), "--served-model-name",
-                   "base", "--port", str(self.port), "--dtype", "bf16", "--pool-bytes", "2GiB",
+                   "base", "--port", str(self.port), "--dtype", "bf16", "--pool-bytes", "1GiB",
                    "--speculation", "off", *self.options]
         for i in range(options.adapters):
             command += ["--adapter", f"a{i:02d}={folder}/adapters/a{i:02d}"]
