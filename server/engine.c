@@ -237,10 +237,10 @@ void engine_destroy(struct engine *engine) {
 
 // Requests that come together begin together: else the first of them would be computed alone, and the
 // others wait for a whole step. An idle engine waits as long as another one comes within a 200th of a
-// step, and at most a 20th of one. Where steps are too short for timers, it does not wait.
+// decode step, and at most a 20th of one. Where steps are too short for timers, it does not wait.
 static void gather(struct engine *engine) {
     static const double GAP_MIN_S = 50e-6;
-    double gap_s = engine->step_s / 200, until_s = engine_now_s() + engine->step_s / 20;
+    double gap_s = engine->rates.step_s / 200, until_s = engine_now_s() + engine->rates.step_s / 20;
     if (gap_s < GAP_MIN_S) return;
     int count = 0, there = queue_wait_more(engine->submissions, 0, 0);
     while (there > count && engine_now_s() < until_s) {

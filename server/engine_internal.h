@@ -95,10 +95,10 @@ struct engine {
     int step_event_count, step_events_max;
     struct {
         double token_s;          // of a prompt's token
-        double decode_s;         // of a step in which all decode, a sequence
+        double step_s;           // of a step in which all decode: the last one
+        double decode_s;         // the same, a sequence
         double swap_bytes_per_s; // between pages and host memory
     } rates; // 0: not measured yet
-    double step_s;             // that the last step computed; 0: none yet
     double waiting_deadline_s; // earliest of those that wait; INFINITY = none
     double first_s;            // the last first token; 0 after a moment in which nobody waited
     double finish_s;           // the last request's end; 0 after an idle moment

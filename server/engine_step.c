@@ -313,7 +313,6 @@ static void compute(struct engine *engine) {
         engine_end_due(engine, true, after);
         return;
     }
-    engine->step_s = after - before;
     engine_learn_step(engine, after - before);
     engine_take_rows(engine, &rows, after);
     engine_update_metrics(engine, after - before);

@@ -25,8 +25,10 @@ static void smooth(double *known, double value) {
 void engine_learn_step(struct engine *engine, double step_s) {
     const struct step *step = &engine->batch.step;
     int tokens = step->token_count, drafts = engine->batch.drafts;
-    if (tokens - drafts == step->span_count)
+    if (tokens - drafts == step->span_count) {
+        engine->rates.step_s = step_s;
         smooth(&engine->rates.decode_s, step_s / step->span_count);
+    }
     if (tokens < 32 || tokens < 4 * step->logit_count) return;
     smooth(&engine->rates.token_s, step_s / tokens);
     if (engine->prefix) prefix_set_cost(engine->prefix, engine->rates.token_s * PAGE_TOKENS);

@@ -286,7 +286,7 @@ static void begins_together(void **state) {
     struct rig rig;
     struct job jobs[N];
     rig_open(&rig, (struct engine_options){.sequences_max = N, .step_tokens_max = 64}, 60, NULL);
-    rig.engine->step_s = 40; // as if steps were so long: requests may be 0.2 s apart, up to 2 s
+    rig.engine->rates.step_s = 40; // as if steps were so long: requests may be 0.2 s apart, up to 2 s
     struct error err = {0};
     assert_int_equal(engine_start(rig.engine, &err), STATUS_OK);
     for (int i = 0; i < N; i++) {
