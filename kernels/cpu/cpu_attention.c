@@ -124,7 +124,7 @@ static struct cpu_tile keys_tile(const struct attention_job *job, const struct i
     const uint32_t *last = cpu_kv_keys(b, cpu_page(b, job->layer, pages[count - 1]), item->head);
     return (struct cpu_tile){.w = keys, .panel_stride = last - keys, .k_stride = PANEL,
                              .k = job->D * (int)b->shape.elem_bytes / 4, .panels = count,
-                             .y_stride = PART_TOKENS, .ask_step = count > 1 ? 0 : 64 * ASK_UNITS,
+                             .y_stride = PART_TOKENS, .ask_bytes = count > 1 ? 0 : 64,
                              .ask = kv_head(b, cpu_page(b, job->layer, pages[0]),
                                             b->shape.kv_heads + item->head)};
 }

@@ -48,64 +48,109 @@ INLINE void put_exceptions(vu words[2], uint32_t at, const struct compact_except
     words[1] = vu_load((const uint32_t *)(const void *)(numbers + 2 * PANEL));
 }
 
-// Words are expanded, two of each panel at a time, in registers, and multiplied at once.
-INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, const int C) {
-    const __m512i nibble = _mm512_set1_epi8(0x0f);
-    vf acc[TILE_VECTORS_MAX];
-    tile_begin(t->tile, acc, R, C);
-    const struct compact_exception *exception[TILE_PANELS_MAX];
+// Where a tile is: locals of it, because the compiler must take what is stored in `expanded` for any
+// of the arguments.
+struct compact_place {
+    const uint8_t *codes;
+    size_t code_stride;
+    uint32_t word; // of k
+    const pair_x *x;
+    const struct compact_exception *exception[TILE_PANELS_MAX]; // the next ones
     __m512i high_bytes[TILE_PANELS_MAX];
-    const uint32_t first_word = t->first;
+    uint32_t *expanded[TILE_PANELS_MAX];
+    bool keeps; // expanded
+    const char *ask; // struct cpu_tile's
+    uint32_t ask_bytes; // beside COMPACT_WORDS words
+};
+
+// What the tile asks for beside half a group.
+INLINE void ask_beside(const struct compact_place *p, int half) {
+    if (p->ask_bytes > 3 * 64) {
+#pragma GCC unroll 3
+        for (int line = 0; line < 3; line++) __builtin_prefetch(p->ask + (3 * half + line) * 64);
+    } else {
+        __builtin_prefetch(p->ask + 128 * half);
+        if (half == 0) __builtin_prefetch(p->ask + 64);
+    }
+}
+
+// COMPACT_WORDS words of each panel: expanded, two at a time, in registers, and multiplied at once.
+INLINE void compact_group(struct compact_place *p, vf *acc, const bool has_exceptions, const int R,
+                          const int C) {
+    const __m512i nibble = _mm512_set1_epi8(0x0f);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++, p->word += 2) {
+        vu first[TILE_PANELS_MAX], second[TILE_PANELS_MAX];
+        if (PANELS_OUTSIDE || p->ask) ask_beside(p, half);
+#pragma GCC unroll 4
+        for (int c = 0; c < C; c++) {
+            const uint8_t *from = p->codes + (size_t)c * p->code_stride;
+            __m512i code = bytes_load(from), low = bytes_load(from + 64 + 64 * half);
+            if (half == 1) code = _mm512_srli_epi16(code, 4);
+            __m512i high = _mm512_shuffle_epi8(p->high_bytes[c], _mm512_and_si512(code, nibble));
+            first[c] = (vu)_mm512_unpacklo_epi8(low, high);
+            second[c] = (vu)_mm512_unpackhi_epi8(low, high);
+            if (has_exceptions) {
+                vu words[2] = {first[c], second[c]};
+                put_exceptions(words, p->word, &p->exception[c]);
+                first[c] = words[0], second[c] = words[1];
+            }
+            if (!p->keeps) continue;
+            vu_store(p->expanded[c], first[c]);
+            vu_store(p->expanded[c] + PANEL, second[c]);
+            p->expanded[c] += 2 * PANEL;
+        }
+        p->x = word_products(acc, first, p->x, R, C);
+        p->x = word_products(acc, second, p->x, R, C);
+    }
+    p->codes += COMPACT_BYTES;
+    if (PANELS_OUTSIDE || p->ask) p->ask += p->ask_bytes;
+}
+
+// Without such: what lies some way ahead in the panels.
+INLINE void ask_ahead(const struct compact_place *p, int group, int groups, const int C) {
+    const int ahead = PREFETCH_BYTES / COMPACT_BYTES / C;
+    const uint8_t *later = p->codes + ahead_at(group, ahead, groups, C) * COMPACT_BYTES;
+#pragma GCC unroll 4
+    for (int c = 0; c < C; c++, later += p->code_stride)
+#pragma GCC unroll 4
+        for (int line = 0; line < COMPACT_BYTES; line += 64) __builtin_prefetch(later + line);
+}
+
+// How many groups there are before the first that has an exception, `most` at most.
+INLINE int plain_groups(const struct compact_place *p, int most, const int C) {
+    uint32_t groups = (uint32_t)most;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++) {
-        exception[c] = t->panels[c].exceptions;
-        while (exception[c]->at < 2 * PANEL * first_word) exception[c]++;
-        high_bytes[c] = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)t->panels[c].table));
+        uint32_t until = (p->exception[c]->at - 2 * PANEL * p->word) / (2 * PANEL * COMPACT_WORDS);
+        if (until < groups) groups = until;
     }
-    const pair_x *x = t->tile->x;
-    const uint8_t *codes = t->codes;
-    // Here, because the compiler must take what is stored in `expanded` for any of t.
-    uint32_t *expanded = t->expanded;
-    const size_t code_stride = t->code_stride, expanded_stride = t->expanded_stride;
-    const int groups = t->tile->k / COMPACT_WORDS, ahead = PREFETCH_BYTES / COMPACT_BYTES / C;
-    const char *ask = t->tile->ask;
-    uint32_t asked = 0, ask_step = t->tile->ask_step;
-    for (int g = 0; g < groups; g++, codes += COMPACT_BYTES) {
-        ask_for_sums(t->tile, g, C);
-        const uint8_t *next = codes + ahead_at(g, ahead, groups, C) * COMPACT_BYTES;
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            vu first[TILE_PANELS_MAX], second[TILE_PANELS_MAX];
-            uint32_t word = (uint32_t)(g * COMPACT_WORDS + 2 * half);
+    return (int)groups;
+}
+
+INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, const int C) {
+    vf acc[TILE_VECTORS_MAX];
+    tile_begin(t->tile, acc, R, C);
+    struct compact_place place = {.codes = t->codes, .code_stride = t->code_stride,
+                                  .word = t->first, .x = t->tile->x, .keeps = t->expanded,
+                                  .ask = t->tile->ask,
+                                  .ask_bytes = COMPACT_WORDS * t->tile->ask_bytes};
 #pragma GCC unroll 4
-            for (int c = 0; c < C; c++) {
-                const uint8_t *from = codes + (size_t)c * code_stride;
-                const uint8_t *later = next + (size_t)c * code_stride;
-                if (ask) {
-                    asked = ask_next(ask, asked, ask_step);
-                    asked = ask_next(ask, asked, ask_step);
-                } else {
-                    __builtin_prefetch(later + 64 + 64 * half);
-                    if (half == 0) __builtin_prefetch(later);
-                }
-                __m512i code = bytes_load(from), low = bytes_load(from + 64 + 64 * half);
-                if (half == 1) code = _mm512_srli_epi16(code, 4);
-                __m512i high = _mm512_shuffle_epi8(high_bytes[c], _mm512_and_si512(code, nibble));
-                first[c] = (vu)_mm512_unpacklo_epi8(low, high);
-                second[c] = (vu)_mm512_unpackhi_epi8(low, high);
-                if (__builtin_expect(exception[c]->at < 2 * PANEL * (first_word + word + 2), 0)) {
-                    vu words[2] = {first[c], second[c]};
-                    put_exceptions(words, first_word + word, &exception[c]);
-                    first[c] = words[0], second[c] = words[1];
-                }
-                if (!expanded) continue;
-                uint32_t *to = expanded + (size_t)c * expanded_stride + word * PANEL;
-                vu_store(to, first[c]);
-                vu_store(to + PANEL, second[c]);
-            }
-            x = word_products(acc, first, x, R, C);
-            x = word_products(acc, second, x, R, C);
+    for (int c = 0; c < C; c++) {
+        place.exception[c] = t->panels[c].exceptions;
+        while (place.exception[c]->at < 2 * PANEL * place.word) place.exception[c]++;
+        place.high_bytes[c] =
+            _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)t->panels[c].table));
+        place.expanded[c] = t->expanded + (size_t)c * t->expanded_stride;
+    }
+    const int groups = t->tile->k / COMPACT_WORDS;
+    for (int g = 0; g < groups; g++) {
+        for (int plain = g + plain_groups(&place, groups - g, C); g < plain; g++) {
+            if (!PANELS_OUTSIDE) ask_for_sums(t->tile, g, C);
+            if (!PANELS_OUTSIDE && !place.ask) ask_ahead(&place, g, groups, C);
+            compact_group(&place, acc, false, R, C);
         }
+        if (g < groups) compact_group(&place, acc, true, R, C);
     }
     tile_end(t->tile, acc, R, C);
 }

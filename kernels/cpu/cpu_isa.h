@@ -22,7 +22,6 @@ enum { COMPACT_WORDS = 4, COMPACT_BYTES = 192, COMPACT_CODES = 16 };
 // How far ahead of the multiply weights are asked for, all panels together: so many cache lines in
 // flight hide the latency of memory behind its bandwidth, whether they come from one panel or four.
 enum { PREFETCH_BYTES = 8192 };
-enum { ASK_UNITS = 256 };
 
 // One call of a tile. `rows` is what is stored; x is packed for tile_rows[rows] rows, k outermost:
 // x[k][R]. Panel c begins at w + c * panel_stride, its k-th row k_stride further (both in elements
@@ -37,10 +36,10 @@ struct cpu_tile {
     const float *from; // the sums to add to, which may be y; NULL: zero
     float *y;
     size_t from_stride, y_stride; // elements from one row to the next; panels lie side by side
-    // bf16: what is asked for meanwhile, a line every ask_step / ASK_UNITS bytes, one for each word of
-    // k and panel. NULL: what lies some way ahead in w.
+    // bf16: what is asked for meanwhile, so many bytes beside each word of k, at most two lines. NULL:
+    // what lies some way ahead in w; with panels_outside it should not be NULL.
     const char *ask;
-    uint32_t ask_step;
+    uint32_t ask_bytes;
 };
 
 // A panel of compact weights (cpu_compact.c): the high bytes that its codes stand for, and the

@@ -12,6 +12,40 @@
 
 enum { PANEL_VECTORS = PANEL / VECTOR_WIDTH, TILE_VECTORS_MAX = 28 };
 
+// ------------------------------------------------------------------ a tile's shapes
+
+#if VECTOR_WIDTH == 16
+// R * C <= 28 accumulators of 32 registers.
+#define TILE_LIST(X)                                                                               \
+    X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(2, 4) X(3, 1) X(3, 2) X(3, 4) X(4, 1) X(4, 2)        \
+    X(4, 4) X(6, 1) X(6, 2) X(6, 4) X(8, 1) X(8, 2) X(12, 1) X(12, 2) X(14, 1) X(14, 2) X(16, 1)   \
+    X(20, 1) X(24, 1) X(28, 1)
+static const uint8_t tile_rows[] = {0,  1,  2,  3,  4,  6,  6,  8,  8,  12, 12, 12, 12, 14, 14,
+                                    16, 16, 20, 20, 20, 20, 24, 24, 24, 24, 28, 28, 28, 28};
+static const uint8_t tile_panels[] = {0, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2,
+                                      1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+#if KERNELS_BF16
+// Zen: with as many loads a cycle as multiplications, eight rows by two panels keep the one busy and
+// the other half free; the words of two panels that all groups of rows meet fit the first-level cache;
+// and one stream from memory is faster than several beside each other.
+enum { TILE_ROWS_ALONE = 8, TILE_ROWS_MANY = 8, TILE_ROWS_MANY_MAX = 8, PANELS_OUTSIDE = 1 };
+#else
+// Fourteen rows by two panels: 16 loads for 28 multiplications.
+enum { TILE_ROWS_ALONE = 28, TILE_ROWS_MANY = 14, TILE_ROWS_MANY_MAX = 16, PANELS_OUTSIDE = 0 };
+#endif
+#elif VECTOR_WIDTH == 8
+enum { TILE_ROWS_ALONE = 6, TILE_ROWS_MANY = 6, TILE_ROWS_MANY_MAX = 6, PANELS_OUTSIDE = 0 };
+#define TILE_LIST(X)                                                                               \
+    X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
+static const uint8_t tile_rows[] = {0, 1, 2, 3, 4, 5, 6};
+static const uint8_t tile_panels[] = {0, 4, 2, 2, 1, 1, 1};
+#else
+enum { TILE_ROWS_ALONE = 3, TILE_ROWS_MANY = 3, TILE_ROWS_MANY_MAX = 3, PANELS_OUTSIDE = 0 };
+#define TILE_LIST(X) X(1, 1) X(1, 2) X(2, 1) X(3, 1)
+static const uint8_t tile_rows[] = {0, 1, 2, 3};
+static const uint8_t tile_panels[] = {0, 2, 1, 1};
+#endif
+
 // ------------------------------------------------------------------ the tile
 
 // y += pair . pair, both of bf16; without hardware for it x comes as two floats, and one half of w at
@@ -109,10 +143,11 @@ INLINE size_t ahead_at(int k, int ahead, int count, const int C) {
     return (size_t)ahead + (k + ahead < count ? 0 : (size_t)(C - 1) * (size_t)count);
 }
 
-// Asks for the line `asked` / ASK_UNITS bytes on; where the next one is.
-INLINE uint32_t ask_next(const char *ask, uint32_t asked, uint32_t step) {
-    __builtin_prefetch(ask + asked / ASK_UNITS);
-    return asked + step;
+// Asks for so many bytes, one or two lines; returns their end.
+INLINE const char *ask_for(const char *ask, uint32_t bytes) {
+    __builtin_prefetch(ask);
+    if (bytes > 64) __builtin_prefetch(ask + 64);
+    return ask + bytes;
 }
 
 INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
@@ -123,13 +158,13 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     const pair_x *x = t->x;
     const int ahead = PREFETCH_BYTES / (PANEL * 4) / C;
     const char *ask = t->ask;
-    uint32_t asked = 0, ask_step = t->ask_step;
+    const uint32_t ask_bytes = t->ask_bytes;
     for (int k = 0; k < t->k; k++, w += t->k_stride) {
         const uint32_t *next = w + ahead_at(k, ahead, t->k, C) * PANEL;
+        if (PANELS_OUTSIDE || ask) ask = ask_for(ask, ask_bytes);
 #pragma GCC unroll 4
-        for (int c = 0; c < C; c++)
-            if (ask) asked = ask_next(ask, asked, ask_step);
-            else __builtin_prefetch(next + c * t->panel_stride);
+        for (int c = 0; !PANELS_OUTSIDE && !ask && c < C; c++)
+            __builtin_prefetch(next + c * t->panel_stride);
         ask_for_sums(t, k, C);
         vu words[TILE_PANELS_MAX * PANEL_VECTORS];
 #pragma GCC unroll 32
@@ -140,38 +175,6 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     }
     tile_end(t, acc, R, N);
 }
-
-#if VECTOR_WIDTH == 16
-// R * C <= 28 accumulators of 32 registers.
-#define TILE_LIST(X)                                                                               \
-    X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(2, 4) X(3, 1) X(3, 2) X(3, 4) X(4, 1) X(4, 2)        \
-    X(4, 4) X(6, 1) X(6, 2) X(6, 4) X(8, 1) X(8, 2) X(12, 1) X(12, 2) X(14, 1) X(14, 2) X(16, 1)   \
-    X(20, 1) X(24, 1) X(28, 1)
-static const uint8_t tile_rows[] = {0,  1,  2,  3,  4,  6,  6,  8,  8,  12, 12, 12, 12, 14, 14,
-                                    16, 16, 20, 20, 20, 20, 24, 24, 24, 24, 28, 28, 28, 28};
-static const uint8_t tile_panels[] = {0, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2, 2, 2, 2,
-                                      1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-#if KERNELS_BF16
-// Zen: with as many loads a cycle as multiplications, eight rows by two panels keep the one busy and
-// the other half free; the words of two panels that all groups of rows meet fit the first-level cache;
-// and one stream from memory is faster than several beside each other.
-enum { TILE_ROWS_ALONE = 8, TILE_ROWS_MANY = 8, TILE_ROWS_MANY_MAX = 8, PANELS_OUTSIDE = 1 };
-#else
-// Fourteen rows by two panels: 16 loads for 28 multiplications.
-enum { TILE_ROWS_ALONE = 28, TILE_ROWS_MANY = 14, TILE_ROWS_MANY_MAX = 16, PANELS_OUTSIDE = 0 };
-#endif
-#elif VECTOR_WIDTH == 8
-enum { TILE_ROWS_ALONE = 6, TILE_ROWS_MANY = 6, TILE_ROWS_MANY_MAX = 6, PANELS_OUTSIDE = 0 };
-#define TILE_LIST(X)                                                                               \
-    X(1, 1) X(1, 2) X(1, 4) X(2, 1) X(2, 2) X(3, 1) X(3, 2) X(4, 1) X(5, 1) X(6, 1)
-static const uint8_t tile_rows[] = {0, 1, 2, 3, 4, 5, 6};
-static const uint8_t tile_panels[] = {0, 4, 2, 2, 1, 1, 1};
-#else
-enum { TILE_ROWS_ALONE = 3, TILE_ROWS_MANY = 3, TILE_ROWS_MANY_MAX = 3, PANELS_OUTSIDE = 0 };
-#define TILE_LIST(X) X(1, 1) X(1, 2) X(2, 1) X(3, 1)
-static const uint8_t tile_rows[] = {0, 1, 2, 3};
-static const uint8_t tile_panels[] = {0, 2, 1, 1};
-#endif
 
 // Each shape is its own function, so that the compiler allocates registers for it alone.
 #define TILE_FUNCTIONS(R, C)                                                                       \

@@ -212,7 +212,7 @@ static void ask_for_next(const struct linear_job *job, const struct panel_part *
         l->compact ? cpu_compact_codes(l->compact, part->next_panel, part->next_first, count)
                    : (const char *)panel_at(l, part->next_panel, part->next_first, count);
     size_t all = (size_t)(part->panels * part->count * bytes);
-    tile->ask_step = (uint32_t)(bytes * ASK_UNITS / groups);
+    tile->ask_bytes = (uint32_t)divide_up(part->panels * bytes, groups);
     tile->ask = next + (size_t)part->group * all / (size_t)groups;
 }
 
@@ -242,6 +242,7 @@ static void multiply(const struct panel_job *panels, const struct panel_part *pa
         .y_stride = output.stride,
     };
     if (panels->outside) {
+        tile.ask = tile.x; // something that is there
         keep_sums(panels, part, last, &tile);
         if (part->next_panel >= 0) ask_for_next(job, part, &tile);
     }
