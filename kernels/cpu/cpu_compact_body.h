@@ -141,7 +141,7 @@ INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, con
         while (place.exception[c]->at < 2 * PANEL * place.word) place.exception[c]++;
         place.high_bytes[c] =
             _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)t->panels[c].table));
-        place.expanded[c] = t->expanded + (size_t)c * t->expanded_stride;
+        place.expanded[c] = t->expanded ? t->expanded + (size_t)c * t->expanded_stride : NULL;
     }
     const int groups = t->tile->k / COMPACT_WORDS;
     for (int g = 0; g < groups; g++) {
