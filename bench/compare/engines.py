@@ -14,6 +14,7 @@ import subprocess
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
+SILENCE_S = 1200  # of all streams: the engine hangs
 
 
 class Missing(Exception):
@@ -81,7 +82,10 @@ class HttpEngine:
                 sock.sendall(request)
                 selector.register(sock, selectors.EVENT_READ)
             while selector.get_map():
-                for key, _ in selector.select():
+                ready = selector.select(SILENCE_S)
+                if not ready:
+                    raise RuntimeError(f"nothing came for {SILENCE_S} s")
+                for key, _ in ready:
                     part = key.fileobj.recv(1 << 16)
                     parts[key.fileobj].append((time.monotonic() - begin, part))
                     if not part:

@@ -285,8 +285,11 @@ static void begins_together(void **state) {
     enum { N = 3, OUTPUT = 10 };
     struct rig rig;
     struct job jobs[N];
-    rig_open(&rig, (struct engine_options){.sequences_max = N, .step_tokens_max = 64}, 60, NULL);
-    rig.engine->rates.step_s = 40; // as if steps were so long: requests may be 0.2 s apart, up to 2 s
+    sem_t events;
+    sem_init(&events, 0, 0);
+    rig_open(&rig, (struct engine_options){.sequences_max = N, .step_tokens_max = 64, .wake = post,
+                                           .wake_context = &events}, 60, NULL);
+    rig.engine->rates.step_s = 100; // as if steps were so long: requests may be 0.5 s apart, up to 5 s
     struct error err = {0};
     assert_int_equal(engine_start(rig.engine, &err), STATUS_OK);
     for (int i = 0; i < N; i++) {
@@ -294,7 +297,8 @@ static void begins_together(void **state) {
         job_init(&jobs[i], i, 5, OUTPUT);
         rig_submit(&rig, &jobs[i]);
     }
-    for (int ended = 0; ended < N; usleep(1000)) {
+    for (int ended = 0; ended < N;) {
+        sem_wait(&events);
         rig_poll(&rig);
         ended = 0;
         for (int i = 0; i < N; i++) ended += jobs[i].terminals;
@@ -302,6 +306,7 @@ static void begins_together(void **state) {
     assert_int_equal(atomic_load(&rig.metrics.steps), OUTPUT);
     for (int i = 0; i < N; i++) job_free(&jobs[i]);
     rig_close(&rig);
+    sem_destroy(&events);
 }
 
 int main(void) {
