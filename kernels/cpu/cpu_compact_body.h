@@ -9,6 +9,15 @@ INLINE __m512i bytes_load(const void *p) {
     return _mm512_loadu_si512(p);
 }
 
+// The high bytes of 64 codes, the lower halves of bytes; `table` is repeated four times.
+INLINE __m512i high_bytes(__m512i table, __m512i codes) {
+#if KERNELS_BF16
+    return _mm512_permutexvar_epi8(codes, table); // by six bits, of which two change nothing
+#else
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(0x0f)));
+#endif
+}
+
 // The codes of 64 high bytes; those that have none are set in *missing.
 INLINE __m512i compact_codes(__m512i high, const uint8_t table[COMPACT_CODES], uint64_t *missing) {
     __m512i codes = _mm512_setzero_si512();
@@ -56,7 +65,7 @@ struct compact_place {
     uint32_t word; // of k
     const pair_x *x;
     const struct compact_exception *exception[TILE_PANELS_MAX]; // the next ones
-    __m512i high_bytes[TILE_PANELS_MAX];
+    __m512i table[TILE_PANELS_MAX];
     uint32_t *expanded[TILE_PANELS_MAX];
     bool keeps; // expanded
     const char *ask; // struct cpu_tile's
@@ -77,7 +86,6 @@ INLINE void ask_beside(const struct compact_place *p, int half) {
 // COMPACT_WORDS words of each panel: expanded, two at a time, in registers, and multiplied at once.
 INLINE void compact_group(struct compact_place *p, vf *acc, const bool has_exceptions, const int R,
                           const int C) {
-    const __m512i nibble = _mm512_set1_epi8(0x0f);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++, p->word += 2) {
         vu first[TILE_PANELS_MAX], second[TILE_PANELS_MAX];
@@ -87,7 +95,7 @@ INLINE void compact_group(struct compact_place *p, vf *acc, const bool has_excep
             const uint8_t *from = p->codes + (size_t)c * p->code_stride;
             __m512i code = bytes_load(from), low = bytes_load(from + 64 + 64 * half);
             if (half == 1) code = _mm512_srli_epi16(code, 4);
-            __m512i high = _mm512_shuffle_epi8(p->high_bytes[c], _mm512_and_si512(code, nibble));
+            __m512i high = high_bytes(p->table[c], code);
             first[c] = (vu)_mm512_unpacklo_epi8(low, high);
             second[c] = (vu)_mm512_unpackhi_epi8(low, high);
             if (has_exceptions) {
@@ -139,7 +147,7 @@ INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, con
     for (int c = 0; c < C; c++) {
         place.exception[c] = t->panels[c].exceptions;
         while (place.exception[c]->at < 2 * PANEL * place.word) place.exception[c]++;
-        place.high_bytes[c] =
+        place.table[c] =
             _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)t->panels[c].table));
         place.expanded[c] = t->expanded ? t->expanded + (size_t)c * t->expanded_stride : NULL;
     }

@@ -107,6 +107,7 @@ static inline size_t piece_words(int panels, int panel, int first, int count) {
 // as those after it.
 struct panel_part {
     int thread, chunk_begin; // the chunk's first panel
+    int chunk_next;          // and that of the thread's next chunk; -1: unknown
     int group, panel, panels;
     int first, count;
     int next_panel, next_first; // with panels outside: what follows the last group. -1: nothing

@@ -57,7 +57,8 @@ static int isa_list(struct isa_choice list[ISA_MAX]) {
     bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("fma");
-    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") &&
+                __builtin_cpu_supports("avx512vbmi");
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     list[count++] = (struct isa_choice){&cpu_kernels_avx512bf16, bf16 && vnni};

@@ -52,8 +52,9 @@ static void panels_outside(const struct panel_job *job, struct panel_part *part,
         part->next_panel = part->panel + part->panels;
         part->next_first = part->first;
         if (part->next_panel >= end) {
-            part->next_first = part->first + part->count;
-            part->next_panel = part->next_first < job->words ? part->chunk_begin : -1;
+            bool last = part->first + part->count == job->words;
+            part->next_first = last ? 0 : part->first + part->count;
+            part->next_panel = last ? part->chunk_next : part->chunk_begin;
         }
         for (part->group = 0; part->group < job->groups.count; part->group++)
             job->multiply(job, part);
@@ -62,8 +63,9 @@ static void panels_outside(const struct panel_job *job, struct panel_part *part,
 
 static void run_chunk(void *context, int chunk, int thread) {
     const struct panel_job *job = context;
-    struct panel_part part = {.thread = thread, .chunk_begin = chunk_begin(job, chunk)};
-    int end = chunk_begin(job, chunk + 1);
+    int end = chunk_begin(job, chunk + 1), next = cpu_threads_next(job->b->threads, chunk, thread);
+    struct panel_part part = {.thread = thread, .chunk_begin = chunk_begin(job, chunk),
+                              .chunk_next = next < 0 ? -1 : chunk_begin(job, next)};
     for (; part.first < job->words; part.first += job->piece) {
         part.count = min_int(job->piece, job->words - part.first);
         if (job->outside) panels_outside(job, &part, end);

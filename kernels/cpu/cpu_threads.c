@@ -1,10 +1,11 @@
 // Worker threads of the CPU backend. Called by the engine thread, and by whoever loads weights
 // before serving. It knows nothing of what the chunks compute.
 //
-// `ticket` holds a job's chunk count (high half) and the next chunk to claim (low half). A chunk is
-// claimed by adding one to the ticket; the job's function and context are read only after that, and
-// the caller does not return, and so cannot publish another job, before every chunk is done. So the
-// fields are never read while they change, however long a worker slept in between.
+// A job's chunks are dealt out in order, an equal share for each thread. Its own it takes from the
+// front, then the others' from the back. A chunk is claimed by changing the share that it is in; the
+// job's function and context are read only after that, and the caller does not return, and so cannot
+// publish another job, before every chunk is done. So the fields are never read while they change,
+// however long a worker slept in between.
 #include "kernels/cpu/cpu_threads.h"
 
 #include "base/memory.h"
@@ -17,6 +18,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { SPINS_BEFORE_SLEEP = 3000, SPINS_BEFORE_YIELD = 3000, THREADS_MAX = 512 };
 
@@ -26,11 +28,18 @@ struct worker {
     int index;
 };
 
+// Chunks [first, end) that nobody has claimed: first is the high half, end the low one.
+struct share {
+    _Alignas(64) _Atomic uint64_t chunks;
+};
+
 struct cpu_threads {
     int count;
-    _Alignas(64) _Atomic uint64_t ticket;
+    struct share *shares; // [count]
+    int chunks;           // of the latest job
     cpu_chunk *function;
     void *context;
+    _Alignas(64) _Atomic uint32_t job; // number of the latest
     _Alignas(64) _Atomic uint32_t done;
     _Alignas(64) _Atomic int sleepers;
     _Atomic bool stop;
@@ -45,37 +54,56 @@ static void relax(void) {
 #endif
 }
 
-static bool has_chunk(uint64_t ticket) {
-    return (uint32_t)ticket < ticket >> 32;
+static uint64_t share_of(int first, int end) {
+    return (uint64_t)first << 32 | (uint32_t)end;
 }
 
-static bool work_waits(struct cpu_threads *threads) {
-    return has_chunk(atomic_load(&threads->ticket)) || atomic_load(&threads->stop);
+// Where a thread's share of the job begins.
+static int share_begin(const struct cpu_threads *threads, int thread) {
+    return (int)((int64_t)threads->chunks * thread / threads->count);
 }
 
-// Claims and runs chunks until there are none.
-static void work(struct cpu_threads *threads, int thread) {
-    uint64_t ticket = atomic_load(&threads->ticket);
-    while (has_chunk(ticket)) {
-        if (!atomic_compare_exchange_weak(&threads->ticket, &ticket, ticket + 1)) continue;
-        threads->function(threads->context, (int)(uint32_t)ticket, thread);
-        atomic_fetch_add(&threads->done, 1);
-        ticket = atomic_load(&threads->ticket);
+// Claims the first chunk of a share, or the last. -1: there is none.
+static int claim(struct share *share, bool last) {
+    uint64_t chunks = atomic_load(&share->chunks);
+    for (;;) {
+        int first = (int)(chunks >> 32), end = (int)(uint32_t)chunks;
+        if (first >= end) return -1;
+        uint64_t left = last ? share_of(first, end - 1) : share_of(first + 1, end);
+        if (atomic_compare_exchange_weak(&share->chunks, &chunks, left))
+            return last ? end - 1 : first;
     }
+}
+
+static void work(struct cpu_threads *threads, int thread) {
+    for (int i = 0; i < threads->count; i++) {
+        struct share *share = &threads->shares[(thread + i) % threads->count];
+        for (int chunk; (chunk = claim(share, i > 0)) >= 0;) {
+            threads->function(threads->context, chunk, thread);
+            atomic_fetch_add(&threads->done, 1);
+        }
+    }
+}
+
+// Whether there is another job than that one, or none will come.
+static bool has_news(struct cpu_threads *threads, uint32_t job) {
+    return atomic_load(&threads->job) != job || atomic_load(&threads->stop);
 }
 
 static void *worker_main(void *argument) {
     struct worker *worker = argument;
     struct cpu_threads *threads = worker->owner;
+    uint32_t job = 0;
     while (!atomic_load(&threads->stop)) {
-        for (int spins = 0; spins < SPINS_BEFORE_SLEEP && !work_waits(threads); spins++) relax();
-        if (!work_waits(threads)) {
+        for (int spins = 0; spins < SPINS_BEFORE_SLEEP && !has_news(threads, job); spins++) relax();
+        if (!has_news(threads, job)) {
             pthread_mutex_lock(&threads->lock);
             atomic_fetch_add(&threads->sleepers, 1);
-            while (!work_waits(threads)) pthread_cond_wait(&threads->wake, &threads->lock);
+            while (!has_news(threads, job)) pthread_cond_wait(&threads->wake, &threads->lock);
             atomic_fetch_sub(&threads->sleepers, 1);
             pthread_mutex_unlock(&threads->lock);
         }
+        job = atomic_load(&threads->job);
         work(threads, worker->index);
     }
     return NULL;
@@ -98,6 +126,8 @@ struct cpu_threads *cpu_threads_create(int count) {
     *threads = (struct cpu_threads){.count = count};
     pthread_mutex_init(&threads->lock, NULL);
     pthread_cond_init(&threads->wake, NULL);
+    threads->shares = mem_alloc_aligned((size_t)count * sizeof *threads->shares);
+    memset(threads->shares, 0, (size_t)count * sizeof *threads->shares);
     threads->workers = mem_zalloc((size_t)count, sizeof *threads->workers);
     for (int i = 1; i < count; i++) {
         struct worker *worker = &threads->workers[i - 1];
@@ -118,6 +148,7 @@ void cpu_threads_destroy(struct cpu_threads *threads) {
     pthread_mutex_destroy(&threads->lock);
     pthread_cond_destroy(&threads->wake);
     free(threads->workers);
+    free(threads->shares);
     free(threads);
 }
 
@@ -126,19 +157,29 @@ int cpu_threads_count(const struct cpu_threads *threads) {
 }
 
 void cpu_threads_run(struct cpu_threads *threads, cpu_chunk *function, void *context, int chunks) {
+    threads->chunks = chunks;
     if (threads->count == 1 || chunks <= 1) {
         for (int i = 0; i < chunks; i++) function(context, i, 0);
         return;
     }
-    VERIFY(!has_chunk(atomic_load(&threads->ticket)));
+    VERIFY(!threads->function);
     threads->function = function;
     threads->context = context;
     atomic_store(&threads->done, 0);
-    atomic_store(&threads->ticket, (uint64_t)chunks << 32);
+    for (int i = 0; i < threads->count; i++)
+        atomic_store(&threads->shares[i].chunks,
+                     share_of(share_begin(threads, i), share_begin(threads, i + 1)));
+    atomic_fetch_add(&threads->job, 1);
     wake_sleepers(threads);
     work(threads, 0);
     for (int spins = 0; atomic_load(&threads->done) != (uint32_t)chunks; spins++) {
         if (spins < SPINS_BEFORE_YIELD) relax();
         else sched_yield();
     }
+    threads->function = NULL;
+}
+
+int cpu_threads_next(const struct cpu_threads *threads, int chunk, int thread) {
+    bool own = chunk >= share_begin(threads, thread);
+    return own && chunk + 1 < share_begin(threads, thread + 1) ? chunk + 1 : -1;
 }

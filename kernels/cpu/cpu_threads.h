@@ -1,4 +1,5 @@
-// The backend's worker threads: one job at a time, cut into chunks that whoever is free claims.
+// The backend's worker threads: one job at a time, cut into chunks. Each thread has its share of them,
+// one behind the other, and when it is through takes from the others' ends.
 //
 // The caller works too, and waits only for chunks that were claimed: a worker that the system has
 // put aside delays nothing. Between jobs a worker spins for some tens of microseconds (the gap
@@ -18,5 +19,8 @@ int cpu_threads_count(const struct cpu_threads *threads);
 
 // Runs all chunks and returns when they are done. One caller at a time.
 void cpu_threads_run(struct cpu_threads *threads, cpu_chunk *function, void *context, int chunks);
+
+// While a chunk runs: the one that its thread has next, unless another takes it. -1: none of its share.
+int cpu_threads_next(const struct cpu_threads *threads, int chunk, int thread);
 
 #endif

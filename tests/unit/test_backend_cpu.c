@@ -343,26 +343,45 @@ static void test_open_refuses(void **state) {
     }
 }
 
+struct chunks_seen {
+    struct cpu_threads *threads;
+    atomic_int runs[64];
+    atomic_int ends; // chunks behind which no thread's share goes on
+    atomic_int faults;
+};
+
 static void count_chunk(void *context, int chunk, int thread) {
-    atomic_int *counts = context;
-    (void)thread;
-    atomic_fetch_add(&counts[chunk], 1);
+    struct chunks_seen *seen = context;
+    int count = cpu_threads_count(seen->threads), go_on = 0, others = 0;
+    for (int i = 0; i < count; i++) {
+        int next = cpu_threads_next(seen->threads, chunk, i);
+        go_on += next == chunk + 1;
+        others += next != chunk + 1 && next != -1;
+    }
+    atomic_fetch_add(&seen->runs[chunk], 1);
+    if (go_on == 0) atomic_fetch_add(&seen->ends, 1);
+    if (thread < 0 || thread >= count || go_on > 1 || others > 0)
+        atomic_fetch_add(&seen->faults, 1);
 }
 
-// Every chunk of every job runs once, and no job's chunk runs in another's time.
+// Every chunk of every job runs once, and no job's chunk runs in another's time. Chunks follow each
+// other in as many shares as there are threads.
 static void test_threads(void **state) {
     (void)state;
     static const int thread_counts[] = {1, 2, 5};
-    static atomic_int counts[64];
+    static struct chunks_seen seen;
     for (size_t i = 0; i < sizeof thread_counts / sizeof *thread_counts; i++) {
-        struct cpu_threads *threads = cpu_threads_create(thread_counts[i]);
-        assert_int_equal(cpu_threads_count(threads), thread_counts[i]);
+        int count = thread_counts[i];
+        struct cpu_threads *threads = seen.threads = cpu_threads_create(count);
+        assert_int_equal(cpu_threads_count(threads), count);
         for (int job = 0; job < 3000; job++) {
-            int chunks = job % 64;
-            cpu_threads_run(threads, count_chunk, counts, chunks);
+            int chunks = job % 64, shares = chunks < count ? chunks : count;
+            cpu_threads_run(threads, count_chunk, &seen, chunks);
             for (int c = 0; c < 64; c++)
-                if (atomic_exchange(&counts[c], 0) != (c < chunks))
+                if (atomic_exchange(&seen.runs[c], 0) != (c < chunks))
                     fail_msg("job %d, chunk %d of %d", job, c, chunks);
+            assert_int_equal(atomic_exchange(&seen.ends, 0), shares);
+            assert_int_equal(atomic_load(&seen.faults), 0);
         }
         cpu_threads_destroy(threads);
     }
