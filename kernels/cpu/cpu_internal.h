@@ -102,9 +102,9 @@ static inline size_t piece_words(int panels, int panel, int first, int count) {
     return (size_t)first * (size_t)panels + (size_t)panel * (size_t)count;
 }
 
-// A tile's part of a matmul: y[rows of the group, columns of the panels] over words [first,
-// first + count) of k, adding to what the words before gave. Group 0 comes first, on the same thread
-// as those after it.
+// A tile's part of a matmul: y[rows of a group, columns of the panels] over words [first,
+// first + count) of k, adding to what the words before gave. With panels outside it is of all groups,
+// else of one; group 0 comes first, on the same thread as those after it.
 struct panel_part {
     int thread, chunk_begin; // the chunk's first panel
     int chunk_next;          // and that of the thread's next chunk; -1: unknown
@@ -150,12 +150,12 @@ struct panel_output {
     int columns; // of the edge that are there
 };
 static inline struct panel_output panel_output(const struct panel_job *job,
-                                               const struct panel_part *part, bool adds,
+                                               const struct panel_part *part, int group, bool adds,
                                                float *edge) {
     size_t out = (size_t)job->out;
-    float *y = job->y + (size_t)(part->group * job->groups.rows) * out + part->panel * PANEL;
+    float *y = job->y + (size_t)(group * job->groups.rows) * out + part->panel * PANEL;
     int columns = job->out - part->panel * PANEL;
-    int rows = group_rows(&job->groups, part->group, job->tokens);
+    int rows = group_rows(&job->groups, group, job->tokens);
     if (columns >= part->panels * PANEL) return (struct panel_output){y, y, out, 0};
     for (int r = 0; adds && r < rows; r++)
         memcpy(edge + r * PANEL, y + (size_t)r * out, (size_t)columns * sizeof *y);

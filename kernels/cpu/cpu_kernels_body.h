@@ -66,22 +66,26 @@ INLINE vf pair_multiply(vf acc, vu w, const pair_x *x) {
 // Unrolled by the compiler for constant R (rows) and C (panels): R * C * PANEL_VECTORS
 // accumulators stay in registers.
 INLINE void tile_begin(const struct cpu_tile *t, vf *acc, const int R, const int N) {
+    const float *from = t->from ? t->from : t->y;
+    const int rows = t->from ? t->rows : 0;
 #pragma GCC unroll 32
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++, from += t->from_stride)
 #pragma GCC unroll 32
         for (int c = 0; c < N; c++)
-            acc[r * N + c] = t->from && r < t->rows
-                                 ? vf_load(t->from + (size_t)r * t->from_stride + c * VECTOR_WIDTH)
-                                 : vf_set(0.0f);
+            acc[r * N + c] = r < rows ? vf_load(from + c * VECTOR_WIDTH) : vf_set(0.0f);
 }
 
+// What is stored may, for all that the compiler knows, be any of the arguments: read before.
 INLINE void tile_end(const struct cpu_tile *t, const vf *acc, const int R, const int N) {
+    float *y = t->y;
+    const size_t stride = t->y_stride;
+    const int rows = t->rows;
 #pragma GCC unroll 32
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++, y += stride) {
+        if (r >= rows) break;
 #pragma GCC unroll 32
-        for (int c = 0; c < N; c++)
-            if (r < t->rows)
-                vf_store(t->y + (size_t)r * t->y_stride + c * VECTOR_WIDTH, acc[r * N + c]);
+        for (int c = 0; c < N; c++) vf_store(y + c * VECTOR_WIDTH, acc[r * N + c]);
+    }
 }
 
 // The sums of the C panels after these are asked for, a row a step of k: they lie rows apart.
@@ -150,6 +154,9 @@ INLINE const char *ask_for(const char *ask, uint32_t bytes) {
     return ask + bytes;
 }
 
+// Where a word is few instructions.
+enum { WORDS_UNROLLED = PANELS_OUTSIDE ? 4 : 1 };
+
 INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     const int N = C * PANEL_VECTORS;
     vf acc[TILE_VECTORS_MAX];
@@ -159,13 +166,14 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
     const int ahead = PREFETCH_BYTES / (PANEL * 4) / C;
     const char *ask = t->ask;
     const uint32_t ask_bytes = t->ask_bytes;
+#pragma GCC unroll WORDS_UNROLLED
     for (int k = 0; k < t->k; k++, w += t->k_stride) {
         const uint32_t *next = w + ahead_at(k, ahead, t->k, C) * PANEL;
         if (PANELS_OUTSIDE || ask) ask = ask_for(ask, ask_bytes);
 #pragma GCC unroll 4
         for (int c = 0; !PANELS_OUTSIDE && !ask && c < C; c++)
             __builtin_prefetch(next + c * t->panel_stride);
-        ask_for_sums(t, k, C);
+        if (!PANELS_OUTSIDE) ask_for_sums(t, k, C);
         vu words[TILE_PANELS_MAX * PANEL_VECTORS];
 #pragma GCC unroll 32
         for (int c = 0; c < N; c++)

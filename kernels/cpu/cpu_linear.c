@@ -180,77 +180,106 @@ static uint32_t *expanded(const struct panel_job *panels, const struct panel_par
     return (uint32_t *)(void *)(scratch + sums_bytes(panels)) + (size_t)slot * PIECE_WORDS * PANEL;
 }
 
-// Sums of a tile, after those of the tiles before it: between pieces of k they are kept there, because
-// rows of y lie so far apart that they share few sets of a cache.
+// Sums of these panels' tiles, a group's behind the other's, after those of the panels before: between
+// pieces of k they are kept there, because rows of y lie so far apart that they share few sets of a
+// cache.
 static float *tile_sums(const struct panel_job *panels, const struct panel_part *part) {
-    size_t tile_columns = (size_t)(part->panels * PANEL), rows = (size_t)panels->groups.padded;
     int panels_before = part->panel - part->chunk_begin;
     VERIFY_OP(panels_before + part->panels, <=, panels->block);
-    size_t before = (size_t)(panels_before * PANEL * panels->groups.count);
+    size_t rows = (size_t)(panels->groups.padded * panels->groups.count);
     return (float *)cpu_thread_scratch(panels->b, part->thread) +
-           (before + (size_t)part->group * tile_columns) * rows;
+           (size_t)(panels_before * PANEL) * rows;
 }
 
-static void keep_sums(const struct panel_job *panels, const struct panel_part *part, bool last,
-                      struct cpu_tile *tile) {
-    float *sums = tile_sums(panels, part);
-    tile->from_stride = (size_t)(part->panels * PANEL);
-    if (part->first > 0) tile->from = sums;
-    if (last) return;
-    tile->y = sums;
-    tile->y_stride = tile->from_stride;
-}
-
-// While these panels meet all groups, the next ones' weights are asked for, a share beside each.
-static void ask_for_next(const struct linear_job *job, const struct panel_part *part,
-                         struct cpu_tile *tile) {
+// While these panels meet all groups, the next ones' weights are asked for, a share beside each group.
+// Returns the bytes of a share.
+static size_t ask_for_next(const struct linear_job *job, const struct panel_part *part,
+                           struct cpu_tile *tile) {
     const struct linear *l = job->linear;
+    tile->ask = tile->x; // something that is there
+    if (part->next_panel < 0) return 0;
     int groups = job->panels.groups.count;
     int count = min_int(PIECE_WORDS, l->words - part->next_first);
     int bytes = l->compact ? COMPACT_BYTES / COMPACT_WORDS : PANEL * (int)sizeof *l->panel;
-    const char *next =
-        l->compact ? cpu_compact_codes(l->compact, part->next_panel, part->next_first, count)
-                   : (const char *)panel_at(l, part->next_panel, part->next_first, count);
-    size_t all = (size_t)(part->panels * part->count * bytes);
+    tile->ask = l->compact ? cpu_compact_codes(l->compact, part->next_panel, part->next_first, count)
+                           : (const char *)panel_at(l, part->next_panel, part->next_first, count);
     tile->ask_bytes = (uint32_t)divide_up(part->panels * bytes, groups);
-    tile->ask = next + (size_t)part->group * all / (size_t)groups;
+    return (size_t)(part->panels * part->count * bytes / groups);
 }
 
-static void multiply(const struct panel_job *panels, const struct panel_part *part) {
-    const struct linear_job *job = (const struct linear_job *)panels;
+static struct cpu_tile weights_tile(const struct linear_job *job, const struct panel_part *part) {
     const struct linear *l = job->linear;
-    int rows = group_rows(&panels->groups, part->group, panels->tokens);
-    uint32_t *w = l->compact ? expanded(panels, part)
-                             : panel_at(l, part->panel, part->first, part->count);
-    size_t padded = panels->b->kernels->tile_rows[rows];
-    size_t x_at = (size_t)part->first * cpu_word_units(panels->b) * padded * sizeof(float);
-    float edge[TILE_ROWS_MAX * PANEL];
-    bool last = part->first + part->count == l->words;
-    bool adds = part->first > 0 && !panels->outside;
-    struct panel_output output = panel_output(panels, part, adds, edge);
-    struct cpu_tile tile = {
-        .x = group_packed(panels, part->group) + x_at,
-        .w = w,
+    return (struct cpu_tile){
+        .w = l->compact ? expanded(&job->panels, part)
+                        : panel_at(l, part->panel, part->first, part->count),
         .panel_stride = (l->compact ? PIECE_WORDS : part->count) * PANEL,
         .k_stride = PANEL,
         .k = part->count,
-        .rows = rows,
-        .panels = part->panels,
-        .from = part->first > 0 ? output.to : NULL,
-        .from_stride = output.stride,
-        .y = output.to,
-        .y_stride = output.stride,
     };
-    if (panels->outside) {
-        tile.ask = tile.x; // something that is there
-        keep_sums(panels, part, last, &tile);
-        if (part->next_panel >= 0) ask_for_next(job, part, &tile);
+}
+
+static void take_group(const struct panel_job *panels, const struct panel_part *part, int group,
+                       struct cpu_tile *tile) {
+    const struct row_groups *groups = &panels->groups;
+    bool whole = group + 1 < groups->count;
+    tile->rows = whole ? groups->rows : group_rows(groups, group, panels->tokens);
+    int padded = whole ? groups->padded : panels->b->kernels->tile_rows[tile->rows];
+    tile->x = group_packed(panels, group) +
+              (size_t)(part->first * padded) * cpu_word_units(panels->b) * sizeof(float);
+    tile->panels = part->panels;
+}
+
+// What group 0 expands of compact weights the others use.
+static void multiply_tile(const struct linear_job *job, const struct panel_part *part, int group,
+                          struct cpu_tile *tile) {
+    const struct linear *l = job->linear;
+    if (l->compact && group == 0)
+        cpu_compact_multiply(l->compact, tile, part->panel, part->first,
+                             job->panels.groups.count > 1 ? (uint32_t *)tile->w : NULL,
+                             (size_t)tile->panel_stride);
+    else cpu_multiply(job->panels.b, tile);
+}
+
+// Panels inside: sums between pieces of k are kept in y.
+static void multiply_group(const struct panel_job *panels, const struct panel_part *part) {
+    const struct linear_job *job = (const struct linear_job *)panels;
+    struct cpu_tile tile = weights_tile(job, part);
+    take_group(panels, part, part->group, &tile);
+    float edge[TILE_ROWS_MAX * PANEL];
+    struct panel_output output = panel_output(panels, part, part->group, part->first > 0, edge);
+    tile.from = part->first > 0 ? output.to : NULL;
+    tile.from_stride = tile.y_stride = output.stride;
+    tile.y = output.to;
+    multiply_tile(job, part, part->group, &tile);
+    panel_finish(panels, &output, tile.rows);
+}
+
+// Panels outside: all groups, one behind the other.
+static void multiply_groups(const struct panel_job *panels, const struct panel_part *part) {
+    const struct linear_job *job = (const struct linear_job *)panels;
+    struct cpu_tile tile = weights_tile(job, part);
+    take_group(panels, part, 0, &tile);
+    const size_t columns = (size_t)(part->panels * PANEL), ask = ask_for_next(job, part, &tile);
+    bool last = part->first + part->count == job->linear->words;
+    float *sums = tile_sums(panels, part), edge[TILE_ROWS_MAX * PANEL];
+    const char *next = tile.ask;
+    for (int group = 0; group < panels->groups.count; group++) {
+        take_group(panels, part, group, &tile);
+        tile.from = part->first > 0 ? sums : NULL;
+        tile.y = sums;
+        tile.from_stride = tile.y_stride = columns;
+        tile.ask = next;
+        struct panel_output output = {NULL};
+        if (last) {
+            output = panel_output(panels, part, group, false, edge);
+            tile.y = output.to;
+            tile.y_stride = output.stride;
+        }
+        multiply_tile(job, part, group, &tile);
+        panel_finish(panels, &output, tile.rows);
+        sums += columns * (size_t)panels->groups.padded;
+        next += ask;
     }
-    if (l->compact && part->group == 0)
-        cpu_compact_multiply(l->compact, &tile, part->panel, part->first,
-                             panels->groups.count > 1 ? w : NULL, (size_t)tile.panel_stride);
-    else cpu_multiply(panels->b, &tile);
-    if (!panels->outside || last) panel_finish(panels, &output, rows);
 }
 
 void cpu_linear(struct backend *b, const struct linear *linear, void *y, const void *x,
@@ -270,7 +299,8 @@ void cpu_linear(struct backend *b, const struct linear *linear, void *y, const v
                    .words = linear->words, .block = BLOCK_PANELS, .piece = PIECE_WORDS, .y = y,
                    .x = x, .tokens = tokens,
                    .groups = cpu_row_groups(kernels, tokens, kernels->tile_rows_alone),
-                   .outside = kernels->panels_outside, .pack = pack_group, .multiply = multiply},
+                   .outside = kernels->panels_outside, .pack = pack_group,
+                   .multiply = kernels->panels_outside ? multiply_groups : multiply_group},
         .linear = linear};
     struct panel_job *panels = &job.panels;
     if (panels->groups.count == 1) panels->block = STREAM_BLOCK_PANELS;

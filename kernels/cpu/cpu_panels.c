@@ -56,8 +56,7 @@ static void panels_outside(const struct panel_job *job, struct panel_part *part,
             part->next_first = last ? 0 : part->first + part->count;
             part->next_panel = last ? part->chunk_next : part->chunk_begin;
         }
-        for (part->group = 0; part->group < job->groups.count; part->group++)
-            job->multiply(job, part);
+        job->multiply(job, part);
     }
 }
 

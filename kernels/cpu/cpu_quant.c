@@ -223,7 +223,7 @@ static void multiply(const struct panel_job *panels, const struct panel_part *pa
     size_t scale = ((size_t)panel * (size_t)l->groups + quant) * PANEL;
     size_t word_bytes = l->four ? PANEL : 2 * PANEL;
     float edge[TILE_ROWS_MAX * PANEL];
-    struct panel_output output = panel_output(panels, part, first > 0, edge);
+    struct panel_output output = panel_output(panels, part, group, first > 0, edge);
     struct cpu_quant_tile tile = {
         .x = group_packed(panels, group) + (size_t)first * padded * sizeof(uint32_t),
         .w = l->panel + (size_t)panel * l->panel_bytes + (size_t)first * word_bytes,
