@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 #include <string.h>
-#if VECTOR_WIDTH == 16
+#if VECTOR_WIDTH >= 8
 #include <immintrin.h>
 #endif
 
@@ -72,8 +72,25 @@ INLINE vf vf_select(vi mask, vf yes, vf no) {
     return (vf)((mask & (vi)yes) | (~mask & (vi)no));
 }
 
+// a > b ? a : b, and a < b ? a : b: of a NaN and a number, whichever is b.
 INLINE vf vf_max(vf a, vf b) {
+#if VECTOR_WIDTH == 16
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VECTOR_WIDTH == 8
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     return vf_select(a > b, a, b);
+#endif
+}
+
+INLINE vf vf_min(vf a, vf b) {
+#if VECTOR_WIDTH == 16
+    return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif VECTOR_WIDTH == 8
+    return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return vf_select(a < b, a, b);
+#endif
 }
 
 INLINE float vf_sum(vf v) {
@@ -118,13 +135,20 @@ INLINE vu vf_to_bf16_bits(vf v) {
     return (rounded & ~nan) | (quiet & nan);
 }
 
+INLINE vh vf_to_bf16(vf v) {
+#if KERNELS_BF16 // numbers too small for a normal one become zero, as where they are multiplied
+    return (vh)_mm512_cvtneps_pbh((__m512)v);
+#else
+    return __builtin_convertvector(vf_to_bf16_bits(v), vh);
+#endif
+}
+
 // exp after Cephes' expf: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; within 2 ulp.
 // Below -87.3 the result is 0, above 88.3 it is that of 88.3.
 INLINE vf vf_exp(vf x) {
     const vf low = vf_set(-87.33654f), high = vf_set(88.3f), shift = vf_set(12582912.0f);
     vi under = x < low;
-    x = vf_select(x > high, high, x);
-    x = vf_select(under, low, x);
+    x = vf_max(low, vf_min(high, x));
     vf scaled = x * vf_set(1.44269504f) + shift; // rounds to an integer in the low mantissa bits
     vf n = scaled - shift;
     vf r = x - n * vf_set(0.693359375f);
@@ -137,7 +161,7 @@ INLINE vf vf_exp(vf x) {
     p = p * r + vf_set(5.0000001201e-1f);
     p = p * (r * r) + r + vf_set(1.0f);
     vi exponent = ((vi)scaled - (vi)shift + 127) << 23;
-    return vf_select(under, vf_set(0.0f), p * (vf)exponent);
+    return (vf)(~under & (vi)(p * (vf)exponent));
 }
 
 // 2 x 2 -> interleaved: the perfect shuffle of a and b; log2(width) rounds of it transpose.
