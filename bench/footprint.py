@@ -8,7 +8,8 @@ that nobody uses cost the base model.
 start     from the program's start to its first token, weights in the page cache; resident memory then,
           and what of it is neither weights, as they are kept, nor pool
 base      requests on the base model, sixteen at once, with no adapter registered and with 10,000, in
-          alternation: the ratio of output tokens a second
+          alternation: the ratio of output tokens a second; and that of a second server with none, which
+          tells how much of it is chance
 """
 import argparse
 import json
@@ -51,7 +52,7 @@ def main():
     options.add_argument("--lorad", default="build/lorad")
     options.add_argument("--bench", default="build/lorad-bench")
     options.add_argument("--model", default="build/compare/model/hf")
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--out", default=str(HERE / "results" / "cpu-footprint.json"))
     options = options.parse_args()
     for file in pathlib.Path(options.model).glob("*.safetensors"):
@@ -59,25 +60,26 @@ def main():
     starts = [start(options.lorad, options.model) for _ in range(3)]
     print(json.dumps(starts[-1]), flush=True)
     adapters = [(f"a{i:05d}", f"dummy:rank={cold.RANKS[i % 4]},seed={i}") for i in range(10000)]
-    none = cold.Server(options.lorad, [], "--pool-bytes", "1GiB")
-    many = cold.Server(options.lorad, adapters, "--pool-bytes", "1GiB")
+    none, control, many = servers = [cold.Server(options.lorad, registered, "--pool-bytes", "1GiB")
+                                     for registered in ([], [], adapters)]
     load = ("--base-only", "--concurrency", "16", "--requests", "128", "--input", "16:64", "--output",
             "32:64")
-    for server in (none, many):
+    for server in servers:
         cold.load(options.bench, server, *load)
-    ratios = []
+    ratios, chance = [], []
     for number in range(options.rounds):  # turned round each time
-        order = (none, many) if number % 2 == 0 else (many, none)
         speed = {server: cold.load(options.bench, server, *load)["output_tokens_per_s"]
-                 for server in order}
+                 for server in (servers if number % 2 == 0 else servers[::-1])}
         ratios.append(speed[many] / speed[none])
-        print(number, round(ratios[-1], 4), flush=True)
-    for server in (none, many):
+        chance.append(speed[control] / speed[none])
+        print(number, round(ratios[-1], 4), round(chance[-1], 4), flush=True)
+    for server in servers:
         server.stop()
     result = save(options.out, "start, memory, and idle adapters' cost to the base model",
                   "python3 bench/footprint.py",
                   {"first_token_s": spread([s["first_token_s"] for s in starts]), "starts": starts,
-                   "base_with_10000_registered": spread(ratios)})
+                   "base_with_10000_registered": spread(ratios),
+                   "another_with_none": spread(chance)})
     print(json.dumps({k: result[k] for k in ("first_token_s", "base_with_10000_registered")}))
 
 

@@ -230,11 +230,14 @@ def footprint():
     name = "cpu-footprint.json"
     result = load(name)
     base, first = result["base_with_10000_registered"], result["first_token_s"]
+    chance = result["another_with_none"]
     other = spread([s["other_bytes"] / 2**20 for s in result["starts"]])
     return (f"From start to first token, 1.1B in bf16 from the page cache: {first['min']:.1f} / "
             f"{first['median']:.1f} / {first['max']:.1f} s. Resident beside weights and pool: {other} MiB. "
             f"The base model with 10,000 idle adapters registered against none: {base['min']:.3f} / "
-            f"{base['median']:.3f} / {base['max']:.3f} times the tokens a second. From\n"
+            f"{base['median']:.3f} / {base['max']:.3f} times the tokens a second; a second server "
+            f"with none against the first: {chance['min']:.3f} / {chance['median']:.3f} / "
+            f"{chance['max']:.3f}. From\n"
             + source(name, result) + ".")
 
 
