@@ -165,6 +165,27 @@ def compare():
             "prompts of 32, outputs of 48 tokens. From\n" + source(name, result) + ".")
 
 
+def compare_short():
+    name = "cpu-compare.json"
+    result = load(name)
+    table = result["table"]
+    rows = {"decode 1": "one request, tok/s after the first token", "base 16": "16 requests, base, tok/s",
+            "adapters 16": "16 requests on 16 distinct rank-16 adapters, tok/s",
+            "prefill 512": "a prompt of 512, tok/s"}
+    others = [engine for engine in ("llama.cpp", "vLLM (CPU)", "transformers + PEFT") if engine in table]
+    lines = ["| median (lorad over the other) | lorad | " + " | ".join(others) + " |",
+             "|---|---:" + "|---:" * len(others) + "|"]
+    for key, what in rows.items():
+        cells = [f"{table['lorad'][key]['median']:.0f}"]
+        for engine in others:
+            ratio = table[engine]["lorad is faster by"][key]["median"]
+            cells.append(f"{table[engine][key]['median']:.0f} ({ratio:.1f} x)")
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines + ["", f"TinyLlama-1.1B shape, random weights, bf16, prompts of 32, outputs of "
+                              "48 tokens; transformers + PEFT is one static batch, not a server. From",
+                              source(name, result) + "."])
+
+
 def file_read():
     name = "cpu-file-read.json"
     result = load(name)
@@ -200,17 +221,18 @@ def speculation():
     return "\n".join(lines + ["", result["what"] + ". From", source(name, result) + "."])
 
 
-def lora_layout():
-    name = "cpu-lora-layout.json"
+def before_after():
+    name = "cpu-before-after.json"
     result = load(name)
-    lines = ["| sequences, each on its own rank-16 adapter | shrink before | after | expand before | "
-             "after | bytes over bandwidth, each |", "|---:|---:|---:|---:|---:|---:|"]
+    columns = {"decode 1": "1 sequence", "decode 16": "16", "lora 16": "of these LoRA",
+               "decode 64": "64", "prompt 512": "a prompt of 512"}
+    lines = ["| milliseconds a step, minimum / median | " + " | ".join(columns.values()) + " |",
+             "|---" + "|---:" * len(columns) + "|"]
     for row in result["rows"]:
-        b, a = row["before"], row["after"]
-        lines.append(f"| {row['sequences']} | {b['lora shrink']:.1f} | {a['lora shrink']:.1f} | "
-                     f"{b['lora expand']:.1f} | {a['lora expand']:.1f} | {row['limit_ms']:.1f} |")
-    return "\n".join(lines + ["", "Best of " + str(result["rounds"]) + " runs each. From",
-                              source(name, result) + "."])
+        cells = " | ".join("{min:.0f} / {median:.0f}".format(**row["ms"][key]) for key in columns)
+        commit = result["commit"][:7] if row["commit"] == "HEAD" else row["commit"]
+        lines.append(f"| `{commit}` {row['what']} | {cells} |")
+    return "\n".join(lines + ["", f"{result['rounds']} rounds. From", source(name, result) + "."])
 
 
 def compact():

@@ -34,10 +34,9 @@ void *cpu_memory(size_t bytes) {
 }
 
 // A large block is mapped, so that it is zero without being written: what a step of the largest size
-// alone would touch takes no memory before one comes. Of a pool's size, its pages are made present from
-// the first to the last: the first gigabyte at once, which all threads do in a fraction of a second, the
-// others by a thread of its own. Serving need not wait for all of them, and steps seldom meet a page
-// that is not there yet.
+// alone would touch takes no memory before one comes. Of a pool's size, a thread of its own makes its
+// pages present from the first to the last: serving need not wait for gigabytes, and steps seldom meet
+// a page that is not there yet.
 struct large {
     struct large *next;
     void *memory;
@@ -46,39 +45,19 @@ struct large {
     bool has_thread;
     _Atomic bool stop;
 };
-enum {
-    LARGE_BYTES = 16 << 20,
-    POOL_BYTES_MIN = 256 << 20,
-    POPULATE_BYTES = 8 << 20,
-    POPULATE_AT_ONCE = 1 << 30
-};
+enum { LARGE_BYTES = 16 << 20, POOL_BYTES_MIN = 256 << 20, POPULATE_BYTES = 8 << 20 };
 
-// A hint: kernels before 5.14 refuse it, and pages then come when they are touched.
-static bool populate_part(const struct large *large, size_t at) {
-    size_t left = large->bytes - at, bytes = left < POPULATE_BYTES ? left : POPULATE_BYTES;
-    return madvise((char *)large->memory + at, bytes, MADV_POPULATE_WRITE) == 0;
-}
-
-static void populate_chunk(void *context, int chunk, int thread) {
-    (void)thread;
-    (void)populate_part(context, (size_t)chunk * POPULATE_BYTES);
-}
-
-static void *populate_rest(void *argument) {
+static void *populate(void *argument) {
     struct large *large = argument;
     (void)setpriority(PRIO_PROCESS, 0, 19); // of this thread alone, on Linux
-    for (size_t at = POPULATE_AT_ONCE; at < large->bytes && !atomic_load(&large->stop);
-         at += POPULATE_BYTES)
-        if (!populate_part(large, at)) break;
+    for (size_t at = 0; at < large->bytes && !atomic_load(&large->stop); at += POPULATE_BYTES) {
+        size_t left = large->bytes - at;
+        // A hint: kernels before 5.14 refuse it, and pages then come when they are touched.
+        if (madvise((char *)large->memory + at, left < POPULATE_BYTES ? left : POPULATE_BYTES,
+                    MADV_POPULATE_WRITE) != 0)
+            break;
+    }
     return NULL;
-}
-
-static void populate(struct backend *b, struct large *large) {
-    size_t first = large->bytes < POPULATE_AT_ONCE ? large->bytes : POPULATE_AT_ONCE;
-    int chunks = (int)((first + POPULATE_BYTES - 1) / POPULATE_BYTES);
-    cpu_threads_run(b->threads, populate_chunk, large, chunks);
-    if (first < large->bytes)
-        large->has_thread = thread_start(&large->thread, populate_rest, large) == 0;
 }
 
 static void *cpu_memory_create(struct backend *b, size_t bytes) {
@@ -94,7 +73,8 @@ static void *cpu_memory_create(struct backend *b, size_t bytes) {
     large->bytes = bytes;
     large->next = b->large;
     b->large = large;
-    if (bytes >= POOL_BYTES_MIN) populate(b, large);
+    large->has_thread =
+        bytes >= POOL_BYTES_MIN && thread_start(&large->thread, populate, large) == 0;
     return memory;
 }
 
