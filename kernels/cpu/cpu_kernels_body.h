@@ -154,7 +154,7 @@ INLINE const char *ask_for(const char *ask, uint32_t bytes) {
     return ask + bytes;
 }
 
-// Where a word is few instructions.
+// Words of k a round of the loop: several where a word is few instructions.
 enum { WORDS_UNROLLED = PANELS_OUTSIDE ? 4 : 1 };
 
 INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {

@@ -196,7 +196,7 @@ static float *tile_sums(const struct panel_job *panels, const struct panel_part 
 static size_t ask_for_next(const struct linear_job *job, const struct panel_part *part,
                            struct cpu_tile *tile) {
     const struct linear *l = job->linear;
-    tile->ask = tile->x; // something that is there
+    tile->ask = job->panels.packed; // something that is there
     if (part->next_panel < 0) return 0;
     int groups = job->panels.groups.count;
     int count = min_int(PIECE_WORDS, l->words - part->next_first);
@@ -258,7 +258,6 @@ static void multiply_group(const struct panel_job *panels, const struct panel_pa
 static void multiply_groups(const struct panel_job *panels, const struct panel_part *part) {
     const struct linear_job *job = (const struct linear_job *)panels;
     struct cpu_tile tile = weights_tile(job, part);
-    take_group(panels, part, 0, &tile);
     const size_t columns = (size_t)(part->panels * PANEL), ask = ask_for_next(job, part, &tile);
     bool last = part->first + part->count == job->linear->words;
     float *sums = tile_sums(panels, part), edge[TILE_ROWS_MAX * PANEL];
