@@ -5,7 +5,7 @@
 
 Each commit is checked out beside the sources, its lorad-bench built, and `lorad-bench roofline` run: 1,
 16 and 64 sequences, each on its own rank-16 adapter, and one prompt of 512 tokens, in bf16 on the
-TinyLlama-1.1B shape. Figures are milliseconds a step, one for each round.
+TinyLlama-1.1B shape. Figures are milliseconds a step: the rounds' minimum, median and maximum.
 """
 import argparse
 import pathlib

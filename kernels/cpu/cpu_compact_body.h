@@ -154,7 +154,7 @@ INLINE void tile_compact_body(const struct cpu_compact_tile *t, const int R, con
     const int groups = t->tile->k / COMPACT_WORDS;
     for (int g = 0; g < groups; g++) {
         for (int plain = g + plain_groups(&place, groups - g, C); g < plain; g++) {
-            if (!PANELS_OUTSIDE) ask_for_sums(t->tile, g, C);
+            ask_for_sums(t->tile, g, C);
             if (!PANELS_OUTSIDE && !place.ask) ask_ahead(&place, g, groups, C);
             compact_group(&place, acc, false, R, C);
         }

@@ -88,9 +88,10 @@ INLINE void tile_end(const struct cpu_tile *t, const vf *acc, const int R, const
     }
 }
 
-// The sums of the C panels after these are asked for, a row a step of k: they lie rows apart.
+// The sums of the C panels after these are asked for, a row a step of k: they lie rows apart. Panels
+// outside, they lie side by side.
 INLINE void ask_for_sums(const struct cpu_tile *t, int k, const int C) {
-    if (k >= t->rows) return;
+    if (PANELS_OUTSIDE || k >= t->rows) return;
     const float *y = t->y + (size_t)k * t->y_stride + C * PANEL;
 #pragma GCC unroll 4
     for (int c = 0; c < C; c++) __builtin_prefetch(y + c * PANEL, 1);
@@ -173,7 +174,7 @@ INLINE void tile_bf16_body(const struct cpu_tile *t, const int R, const int C) {
 #pragma GCC unroll 4
         for (int c = 0; !PANELS_OUTSIDE && !ask && c < C; c++)
             __builtin_prefetch(next + c * t->panel_stride);
-        if (!PANELS_OUTSIDE) ask_for_sums(t, k, C);
+        ask_for_sums(t, k, C);
         vu words[TILE_PANELS_MAX * PANEL_VECTORS];
 #pragma GCC unroll 32
         for (int c = 0; c < N; c++)

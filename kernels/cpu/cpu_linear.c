@@ -235,7 +235,7 @@ static void multiply_tile(const struct linear_job *job, const struct panel_part 
     const struct linear *l = job->linear;
     if (l->compact && group == 0)
         cpu_compact_multiply(l->compact, tile, part->panel, part->first,
-                             job->panels.groups.count > 1 ? (uint32_t *)tile->w : NULL,
+                             job->panels.groups.count > 1 ? expanded(&job->panels, part) : NULL,
                              (size_t)tile->panel_stride);
     else cpu_multiply(job->panels.b, tile);
 }
